@@ -1,0 +1,24 @@
+"""Train and fine-tune timm models in PyTorch Lightning with their weights held on products of manifolds.
+
+After *Fine-grained Optimization of Deep Neural Networks*, Mete Ozay, NeurIPS 2019.
+"""
+
+from lightning_fgsgd.__about__ import __version__
+from lightning_fgsgd.callbacks import FeatureStdRescaling, NormBoundMonitor, POMGrouping
+from lightning_fgsgd.export import export_timm
+from lightning_fgsgd.module import FGSGDMixin
+from lightning_fgsgd.optimizer import FGSGD
+from lightning_fgsgd.plan import pom_param_groups
+from lightning_fgsgd.statistics import FeatureStd
+
+__all__ = [
+    "FGSGD",
+    "FGSGDMixin",
+    "FeatureStd",
+    "FeatureStdRescaling",
+    "NormBoundMonitor",
+    "POMGrouping",
+    "__version__",
+    "export_timm",
+    "pom_param_groups",
+]

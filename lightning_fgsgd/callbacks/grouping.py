@@ -1,0 +1,86 @@
+"""POMGrouping: draws the index sets of the products of manifolds when fitting starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_fgsgd.optimizer import FGSGD
+from lightning_fgsgd.plan import DEFAULT_MANIFOLDS, POMParamGroups, check_choices, pom_param_groups
+
+__all__ = ["POMGrouping"]
+
+
+class POMGrouping(Callback):
+    """Put a model's weights on products of manifolds when fitting starts.
+
+    With :class:`~lightning_fgsgd.FGSGDMixin`, ``configure_optimizers`` groups with the settings given here. Without it,
+    ``configure_optimizers`` returns an ``FGSGD(self.parameters(), ...)`` of its own, and this callback constrains it.
+
+    The arguments are those of :func:`~lightning_fgsgd.pom_param_groups`.
+
+    Raises:
+        ValueError: a wrong argument; those that depend on the model when fitting starts.
+        MisconfigurationException: there is no FGSGD to constrain, or it is constrained already by
+            ``pom_param_groups`` with settings that this callback cannot know.
+
+    Example::
+
+        Trainer(callbacks=[POMGrouping(scheme="pi", manifolds=["sphere", "stiefel"]), FeatureStdRescaling()])
+    """
+
+    def __init__(
+        self,
+        scheme: str = "pio",
+        manifolds: Sequence[str] = DEFAULT_MANIFOLDS,
+        start: str = "preserve",
+        cutting: str = "kernel",
+        block_size: int = 16,
+        groups: int | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_choices(scheme, manifolds, start, cutting, block_size, groups, seed)
+        self.settings: dict[str, Any] = {
+            "scheme": scheme,
+            "manifolds": tuple(manifolds),
+            "start": start,
+            "cutting": cutting,
+            "block_size": block_size,
+            "groups": groups,
+            "include": include,
+            "exclude": exclude,
+            "seed": seed,
+        }
+        self._groups: POMParamGroups | None = None
+
+    def param_groups(self, model: nn.Module) -> POMParamGroups:
+        """Draw the index sets of ``model``; what to give to :class:`~lightning_fgsgd.FGSGD`."""
+        self._groups = pom_param_groups(model, **self.settings)
+        return self._groups
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._groups = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if self._groups is not None:
+            return  # the mixin asked for them in configure_optimizers
+        optimizers = [o for o in trainer.optimizers if isinstance(o, FGSGD)]
+        if not optimizers:
+            names = ", ".join(type(o).__name__ for o in trainer.optimizers) or "no optimizer"
+            raise MisconfigurationException(
+                f"POMGrouping needs an FGSGD to constrain, and configure_optimizers returned {names}; inherit from "
+                "FGSGDMixin (before LightningModule), or return FGSGD(self.parameters(), lr=...)"
+            )
+        if any(optimizer.poms for optimizer in optimizers):
+            raise MisconfigurationException(
+                "POMGrouping: configure_optimizers has grouped the weights already, with pom_param_groups; "
+                "leave out one of the two"
+            )
+        plan = self.param_groups(pl_module).plan
+        for optimizer in optimizers:
+            optimizer.constrain(plan)

@@ -1,0 +1,246 @@
+"""FeatureStdRescaling: gathers the standard deviation of each layer's features, and rescales the manifolds with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fgsgd import scaling
+from lightning_fgsgd._lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_fgsgd.optimizer import FGSGD
+from lightning_fgsgd.pom import POM
+from lightning_fgsgd.statistics import FeatureStd
+
+__all__ = ["FeatureStdRescaling"]
+
+
+class FeatureStdRescaling(Callback):
+    """Rescale the manifolds by the standard deviation λ of the features that enter their layers.
+
+    During training, forward hooks stream each constrained layer's input into a :class:`~lightning_fgsgd.FeatureStd`: one λ
+    per input channel for kernels, one over the fan-in (of the conv group) for blocks. When the next epoch starts (so that
+    what was validated and saved is what was trained), R = γ/λ is set, or with ``start="preserve"`` R = λ¹/λ, where λ¹
+    belongs to the first epoch that was gathered. Sanity checking and validation are not read.
+
+    Batch norm's running statistics belong to the weights before a rescale, and follow within a few steps of training; to
+    evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``.
+
+    Args:
+        gamma: reading of b̂ in Eq. 2, ``"xavier"`` or ``"literal"``; see :func:`~lightning_fgsgd.scaling.gamma`.
+        clamp: raise λ to 1 where it is less, as the paper's bounds need; says so once when it acts. Weights that started
+            with ``"preserve"`` are not clamped.
+        every_n_batches: read every n-th batch. λ is an average over very many features, so a sample is enough.
+
+    Attributes:
+        history: for each epoch a dict with ``"epoch"`` and ``"layers"``, which maps a layer's name to the mean λ (``"std"``)
+            and the mean, smallest and largest R (``"radius"``, ``"radius_min"``, ``"radius_max"``) of that epoch.
+
+    Raises:
+        ValueError: a wrong argument.
+        MisconfigurationException: when fitting starts without an FGSGD that constrains a weight.
+    """
+
+    def __init__(self, gamma: str = "xavier", clamp: bool = True, every_n_batches: int = 4) -> None:
+        if gamma not in scaling.GAMMA_READINGS:
+            choices = ", ".join(map(repr, scaling.GAMMA_READINGS))
+            raise ValueError(f"gamma: unknown reading {gamma!r}; choose from {choices}")
+        if isinstance(every_n_batches, bool) or not isinstance(every_n_batches, int) or every_n_batches < 1:
+            raise ValueError(f"every_n_batches: {every_n_batches!r} is not a whole number of at least 1")
+        self.gamma = gamma
+        self.clamp = clamp
+        self.every_n_batches = every_n_batches
+        self.history: list[dict[str, Any]] = []
+        self._metrics: dict[str, FeatureStd] = {}
+        self._handles: list[Any] = []
+        self._reading = False
+        self._said: set[str] = set()
+        # By layer: λ of the first epoch and of the last one, per component; moments of the epoch under way, when resumed;
+        # pixels of the output feature map.
+        self._first: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
+        self._resumed: dict[str, Tensor] = {}
+        self._feature_map: dict[str, int] = {}
+
+    # The order of a fit ----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        names = ", ".join(type(o).__name__ for o in trainer.optimizers) or "no optimizer"
+        if not any(isinstance(o, FGSGD) for o in trainer.optimizers):
+            raise MisconfigurationException(
+                f"FeatureStdRescaling rescales the manifolds of an FGSGD, and configure_optimizers returned {names}; "
+                "inherit from FGSGDMixin, return an FGSGD, or leave this callback out"
+            )
+        self._said.clear()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        # Not in on_fit_start: POMGrouping may come after this callback and constrain there.
+        if not any(_poms(optimizer) for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                "FeatureStdRescaling: no weight of the FGSGD is on a product of manifolds; add POMGrouping() to the "
+                "callbacks, or give FGSGD the groups of pom_param_groups"
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._watch(trainer, pl_module)
+        self._rescale(trainer)
+
+    def on_train_batch_start(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._reading = batch_idx % self.every_n_batches == 0
+        if not self._handles:  # a fit resumed in mid-epoch
+            self._watch(trainer, pl_module)
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._reading = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        layers = {}
+        for optimizer in trainer.optimizers:
+            for pom in _poms(optimizer).values():
+                name, radius = _layer(pom), pom.radius
+                metric = self._metrics.get(name)
+                std = None if metric is None else self._std(metric, pom)
+                if std is None:
+                    self._say(name, f"the input of {name} was not seen in any forward pass; its R stays as it is")
+                    continue
+                self._last[name] = std
+                self._first.setdefault(name, std)
+                low, high = radius.aminmax()
+                layers[name] = torch.stack([std.mean(), radius.mean(), low, high])
+        if not layers:
+            return
+        keys = ("std", "radius", "radius_min", "radius_max")
+        values = torch.stack(list(layers.values())).tolist()  # the only look at the device in an epoch
+        record = {name: dict(zip(keys, row, strict=True)) for name, row in zip(layers, values, strict=True)}
+        self.history.append({"epoch": trainer.current_epoch, "layers": record})
+        for logger in trainer.loggers:
+            scalars = {f"{key}/{name}": row[key] for name, row in record.items() for key in ("std", "radius")}
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._unhook()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
+        self._unhook()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._unhook()
+
+    # Gathering ------------------------------------------------------------------------------------------------------
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook every layer whose weight is constrained; layers that were unfrozen meanwhile join."""
+        owners: dict[Tensor, list[nn.Module]] = {}
+        for module in pl_module.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                owners.setdefault(weight, []).append(module)
+        self._unhook()
+        for optimizer in trainer.optimizers:
+            for param, pom in _poms(optimizer).items():
+                name = _layer(pom)
+                if name not in self._metrics:
+                    pools = pom.cutting.conv_groups if pom.cutting.kind == "filter" else None
+                    metric = self._metrics[name] = FeatureStd(pom.cutting.in_channels, pools)
+                    if param.device.type == "mps":
+                        metric.set_dtype(torch.float32)  # no float64 there
+                    metric.to(param.device)
+                    if name in self._resumed:
+                        metric.moments = self._resumed.pop(name).to(metric.moments)
+                        metric._update_count = 1
+                for module in owners.get(param, ()):
+                    self._handles.append(module.register_forward_hook(partial(self._read, name, pom)))
+
+    def _read(self, name: str, pom: POM, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not self._reading or not inputs or not isinstance(inputs[0], Tensor):
+            return
+        features = inputs[0].detach()
+        spatial = len(pom.cutting.kernel)
+        self._metrics[name].update(features, dim=-1 - spatial)
+        if isinstance(output, Tensor):
+            pixels = output.shape[-spatial:].numel() if spatial else output.shape[1:-1].numel()
+            self._feature_map[name] = pixels
+
+    def _std(self, metric: FeatureStd, pom: POM) -> Tensor | None:
+        """λ of each component, (k,), over all processes; None where the layer's input was never seen."""
+        if not metric.update_called:
+            return None
+        std = metric.compute().to(pom.radius)
+        metric.reset()
+        reads = pom.cutting.input_channel()
+        return std[(pom.cutting.conv_group() if reads is None else reads).to(std.device)]
+
+    def _unhook(self) -> None:
+        self._reading = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # Rescaling ------------------------------------------------------------------------------------------------------
+
+    def _rescale(self, trainer: Trainer) -> None:
+        clamped = 0
+        for optimizer in (o for o in trainer.optimizers if isinstance(o, FGSGD)):
+            for param, pom in optimizer.poms.items():
+                name = _layer(pom)
+                std = self._last.pop(name, None)
+                if std is None:
+                    continue
+                std = std.to(pom.radius)
+                if pom.start == "preserve":
+                    new = scaling.preserved_radius(self._first[name].to(std), std, pom.radius)
+                else:
+                    size = scaling.gamma(pom.cutting, self.gamma, self._feature_map.get(name))
+                    new = scaling.radius(size, std, self.clamp)
+                    clamped += int(self.clamp and bool((std < 1).any()))
+                optimizer.rescale(param, torch.where(torch.isfinite(new) & (new > 0), new, pom.radius))
+        if clamped and "clamp" not in self._said:
+            self._said.add("clamp")
+            rank_zero_info(f"FeatureStdRescaling: λ < 1 in {clamped} layers is taken as 1 (clamp=True)")
+
+    def _say(self, name: str, message: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            rank_zero_warn(f"FeatureStdRescaling: {message}")
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        moments = {name: m.moments for name, m in self._metrics.items() if m.update_called}
+        return {
+            "first": self._first,
+            "last": self._last,
+            "moments": {**self._resumed, **moments},
+            "feature_map": self._feature_map,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._first = dict(state_dict["first"])
+        self._last = dict(state_dict["last"])
+        self._resumed = dict(state_dict["moments"])
+        self._feature_map = dict(state_dict["feature_map"])
+        self.history = list(state_dict["history"])
+        self._metrics.clear()
+
+
+def _poms(optimizer: Any) -> Mapping[Tensor, POM]:
+    return optimizer.poms if isinstance(optimizer, FGSGD) else {}
+
+
+def _layer(pom: POM) -> str:
+    return pom.name.removesuffix(".weight")

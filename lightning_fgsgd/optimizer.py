@@ -1,0 +1,343 @@
+"""FG-SGD, Algorithm 1 of Ozay (NeurIPS 2019), as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from lightning_fgsgd.plan import POMParamGroups, POMPlan
+from lightning_fgsgd.pom import METRICS, POM, ProductOfManifolds, working
+from lightning_fgsgd.stepsize import step_normalizer
+
+__all__ = ["FGSGD"]
+
+
+class FGSGD(torch.optim.Optimizer):
+    r"""Fine-grained SGD: stochastic gradient descent with weights on products of manifolds (POMs).
+
+    Each step, for each group g of components ω_ι = R · q_ι · S_ι of a constrained weight:
+
+    1. gradL(ω_ι) = Π(gradE(ω_ι)), the tangent projection on each component manifold (line 5 of Algorithm 1);
+    2. R_g = sqrt(Σ_ι ‖gradL(ω_ι)‖²) (Theorem 1);
+    3. gradL is divided by 𝔤(R_g, ρ, c) (Eq. 5; see :func:`~lightning_fgsgd.stepsize.step_normalizer`);
+    4. momentum, as in :class:`torch.optim.SGD`, on a buffer that is moved along by projection;
+    5. ω_ι is retracted along −lr times the result (Eq. 3, lines 7 and 8).
+
+    Parameters that are not constrained are stepped exactly as :class:`torch.optim.SGD` steps them, by torch's own code.
+    Weight decay does not act on constrained components: the gradient of ‖ω‖² is normal to all three manifolds.
+
+    Args:
+        params: what :func:`~lightning_fgsgd.pom_param_groups` returns, which puts the weights onto their manifolds here,
+            once; or anything that ``torch.optim.SGD`` takes, which constrains nothing until :meth:`constrain`.
+        lr: learning rate, r(t) of the paper. Eq. 4 (Σ r = ∞, Σ r² < ∞) is up to the scheduler.
+        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        rho: ρ of Eq. 5, the geodesic distance to a minimum; ``None`` turns the normalisation 𝔤 off.
+        metric: the Riemannian metric, relative to the unit manifold's. ``"start"``: times the mean squared scale at
+            which the layer's components of each manifold started. The learning rate of plain SGD carries over, and
+            rescaling R does not change it. ``"unit"``: the unit manifold's own. ``"embedded"``: that of the space in
+            which ω stands, at radius R (the paper read literally). All three are the same where the start is not
+            ``"preserve"`` and R = 1. R_g, ρ and c are taken in the metric chosen.
+        foreach: as in ``torch.optim.SGD``, for the unconstrained parameters.
+
+    Raises:
+        ValueError: an argument out of range, or a weight to be placed that holds NaN or infinite values.
+
+    Example::
+
+        optimizer = FGSGD(pom_param_groups(model, start="preserve"), lr=0.1, momentum=0.9)
+        loss_fn(model(input), target).backward()
+        optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        rho: float | None = 1.0,
+        metric: str = "start",
+        foreach: bool | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "rho": rho,
+            "metric": metric,
+            "foreach": foreach,
+        }
+        _check_options(defaults)
+        self._poms: dict[Tensor, POM] = {}
+        # What a weight was before it was placed, until the first step: a checkpoint that is loaded then finds the
+        # weight as its own model state left it, not as a start that was drawn in between.
+        self._unplaced: dict[Tensor, tuple[int, Tensor]] = {}
+        self._plan = POMPlan()
+        super().__init__(params, defaults)
+        if isinstance(params, POMParamGroups):
+            self.constrain(params.plan)
+
+    # Products of manifolds ------------------------------------------------------------------------------------------
+
+    def constrain(self, plan: POMPlan) -> None:
+        """Put the weights that ``plan`` and this optimizer share onto their manifolds. Called once.
+
+        Weights of the plan that the optimizer does not hold (frozen ones) are constrained when ``add_param_group``
+        brings them.
+
+        Raises:
+            ValueError: there are products of manifolds already, or the plan shares no weight with the optimizer.
+        """
+        if self._poms:
+            raise ValueError("FGSGD: the weights are on products of manifolds already; constrain can be called once")
+        self._plan = plan
+        mine = [p for group in self.param_groups for p in group["params"]]
+        if mine and not any(p in plan.names for p in mine):
+            raise ValueError("plan: it knows none of this optimizer's parameters; draw it from the same model")
+        self._place(self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters as ``torch.optim.SGD`` does; weights that the plan knows are put onto their manifolds."""
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._place(self.param_groups[-1:])
+
+    @torch.no_grad()
+    def _place(self, groups: list[dict[str, Any]]) -> None:
+        """Put the weights of these groups that the plan knows onto their manifolds."""
+        zero = {}
+        for group in groups:
+            for p in group["params"]:
+                planned = self._plan.weights.get(p)
+                if planned is None or p in self._poms:
+                    continue
+                before = p.detach().clone() if planned.start != "preserve" else None
+                pom = self._poms[p] = POM.place(planned, p.detach())
+                if before is not None:
+                    self._unplaced[p] = (p._version, before)
+                buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+                if buffer is not None:  # of plain SGD, whose weights are constrained only now
+                    cut, points = pom.cutting.cut, pom.unit_points(pom.cutting.cut(working(p)))
+                    buffer.copy_(pom.cutting.join(pom.tangent_gradient(points, cut(buffer), group["metric"])))
+                if count := pom.zero_components():
+                    zero[pom.name] = count
+        if zero:
+            layers = ", ".join(f"{count} in {name}" for name, count in zero.items())
+            warnings.warn(f"FGSGD: components that are zero have no direction and stay zero: {layers}", stacklevel=3)
+
+    @property
+    def poms(self) -> Mapping[Tensor, POM]:
+        """The live products of manifolds of the constrained parameters; :meth:`pom` gives a look at one."""
+        return MappingProxyType(self._poms)
+
+    def pom(self, param: Tensor) -> ProductOfManifolds | None:
+        """The products of manifolds of ``param``; ``None`` where it is not constrained."""
+        pom = self._poms.get(param)
+        return None if pom is None else pom.look(param)
+
+    def distance(self, param: Tensor) -> float:
+        """Largest relative violation of the constraints of ``param``; 0 where it is not constrained.
+
+        The maximum over its components of ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F.
+        """
+        pom = self._poms.get(param)
+        return 0.0 if pom is None else pom.distance(param.detach())
+
+    def rescale(self, param: Tensor, radius: Tensor) -> None:
+        """Set R of the components of ``param`` to ``radius`` (k,), and scale the weight along.
+
+        Raises:
+            ValueError: ``param`` is not constrained, or ``radius`` is not k positive numbers.
+        """
+        pom = self._poms.get(param)
+        if pom is None:
+            raise ValueError("param: it is not on a product of manifolds, so it has no radius to set")
+        if radius.shape != pom.radius.shape or not bool(torch.isfinite(radius).all() and (radius > 0).all()):
+            raise ValueError(f"radius: {pom.name} needs {pom.radius.numel()} positive numbers, got {radius}")
+        pom.rescale(param.detach(), radius)
+
+    # The step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Perform a single optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._unplaced.clear()
+        for group in self.param_groups:
+            free = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                pom = self._poms.get(p)
+                if pom is None or (not pom.parts and group["rho"] is None):
+                    free.append(p)
+                else:
+                    self._step_on_manifolds(p, pom, group)
+            self._step_free(free, group)
+        return loss
+
+    def _step_free(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """The unconstrained parameters of a group: torch's own SGD."""
+        buffers = [self.state[p].get("momentum_buffer") for p in params] if group["momentum"] != 0 else []
+        sgd(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            buffers,
+            has_sparse_grad=any(p.grad.is_sparse for p in params),  # type: ignore[union-attr]
+            foreach=group["foreach"],
+            fused=False,
+            **{key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
+        )
+        for p, buffer in zip(params, buffers, strict=False):
+            self.state[p]["momentum_buffer"] = buffer
+
+    def _step_on_manifolds(self, p: Tensor, pom: POM, group: dict[str, Any]) -> None:
+        """One weight on its products of manifolds: Algorithm 1, with momentum."""
+        cut, join, metric = pom.cutting.cut, pom.cutting.join, group["metric"]
+        weight, grad = working(p), working(p.grad)  # type: ignore[arg-type]
+        if group["maximize"]:
+            grad = -grad
+
+        omega = cut(weight)
+        points = pom.unit_points(omega)
+        direction = pom.tangent_gradient(points, cut(grad), metric)  # line 5
+        if group["weight_decay"]:
+            decayed = grad.add(weight, alpha=group["weight_decay"])
+            direction[pom.euclidean] = cut(decayed)[pom.euclidean]
+        if group["rho"] is not None:
+            norms = pom.group_norms(direction)  # Theorem 1
+            normalizer = step_normalizer(norms, group["rho"], pom.curvatures(metric))  # Eq. 5
+            direction = direction / normalizer[pom.sets.group, None, None]
+
+        # Momentum is torch.optim.SGD's, operation by operation, on a tensor of the weight's own shape and layout.
+        step = torch.empty_like(weight).copy_(join(direction))
+        buffer = None
+        if group["momentum"] != 0:
+            state = self.state[p]
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                buffer = state["momentum_buffer"] = step.clone()
+            else:
+                buffer.mul_(group["momentum"]).add_(step, alpha=1 - group["dampening"])
+            step = step.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+
+        lr = group["lr"]
+        moved = weight.sub(step * lr) if isinstance(lr, Tensor) else weight.add(step, alpha=-lr)  # Eq. 3
+        omega = cut(moved).clone()
+        points = pom.retract(points, -lr * cut(step), metric)  # lines 7 and 8
+        pom.set_points(omega, points)
+        p.copy_(join(omega))
+        if buffer is not None:
+            vector = cut(buffer).clone()
+            pom.transport(points, vector)
+            buffer.copy_(join(vector))
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of ``torch.optim.SGD``, and in each parameter group a list ``"pom"`` beside its ``"params"``."""
+        state = super().state_dict()
+        for packed, group in zip(state["param_groups"], self.param_groups, strict=True):
+            poms = [self._poms.get(p) for p in group["params"]]
+            packed["pom"] = [pom and pom.state_dict() for pom in poms]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the index sets, scales and radii in it replace those that were drawn here.
+
+        The weights are not part of it, load them into the model before or after. Weights that were placed on their
+        manifolds when this optimizer was made, and not touched since, get back the values that they had before.
+
+        Raises:
+            ValueError: the state belongs to other weights, cuttings or constraints than this optimizer's.
+        """
+        saved = [dict(group) for group in state_dict["param_groups"]]
+        described = [group.pop("pom", None) for group in saved]
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                "state_dict: its parameter groups hold "
+                f"{[len(g['params']) for g in saved]} parameters, this optimizer's "
+                f"{[len(g['params']) for g in self.param_groups]}; group the same model with the same settings"
+            )
+        if self._poms and all(states is None for states in described):
+            raise ValueError(
+                "state_dict: it holds no products of manifolds, so another optimizer saved it; "
+                "load it into FGSGD(model.parameters()), then call constrain(pom_param_groups(model).plan)"
+            )
+        poms = {}
+        for group, states in zip(self.param_groups, described, strict=True):
+            for p, state in zip(group["params"], states or [None] * len(group["params"]), strict=True):
+                mine = self._poms.get(p)
+                if state is not None:
+                    poms[p] = self._matched(p, mine, state)
+                elif mine is not None:
+                    raise ValueError(f"state_dict: {mine.name} is constrained here but was not when it was saved")
+        saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
+        super().load_state_dict({**state_dict, "param_groups": saved})
+        for p, (version, before) in self._unplaced.items():
+            if p._version == version:
+                p.detach().copy_(before)
+        self._unplaced.clear()
+        self._poms = poms
+
+    def _matched(self, p: Tensor, mine: POM | None, state: dict[str, Any]) -> POM:
+        if mine is None:
+            raise ValueError(
+                f"state_dict: {state['name']} was constrained when it was saved but is not here; "
+                "make the optimizer with pom_param_groups and the same settings"
+            )
+        here = (mine.cutting.kind, mine.cutting.n, mine.cutting.p, mine.cutting.count)
+        there = (state["cutting"], state["n"], state["p"], state["manifold"].numel())
+        if here != there:
+            raise ValueError(
+                f"state_dict: {mine.name} was cut into {there[3]} {there[0]} components of {there[1]} x {there[2]}, "
+                f"here into {here[3]} {here[0]} components of {here[1]} x {here[2]}; "
+                "use the cutting and block_size with which it was saved"
+            )
+        return POM.from_state_dict(state, mine.cutting, p.detach())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: a tensor lr must hold one number, got shape {tuple(lr.shape)}")
+    for name in ("lr", "momentum", "weight_decay"):
+        if not (0.0 <= options[name] < math.inf):
+            raise ValueError(f"{name}: {options[name]} is not a finite number of at least 0")
+    if not math.isfinite(options["dampening"]):
+        raise ValueError(f"dampening: {options['dampening']} is not a finite number")
+    if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
+        raise ValueError(
+            "nesterov: it needs a momentum above 0 and no dampening, got "
+            f"momentum={options['momentum']}, dampening={options['dampening']}"
+        )
+    if options["rho"] is not None and not (0.0 <= options["rho"] < math.inf):
+        raise ValueError(
+            f"rho: {options['rho']} is not a finite number of at least 0; None turns the normalisation off"
+        )
+    if options["metric"] not in METRICS:
+        raise ValueError(f"metric: unknown metric {options['metric']!r}; choose from {', '.join(map(repr, METRICS))}")

@@ -1,0 +1,286 @@
+"""The products of manifolds of one weight, live: index sets, scale S and radius R, and the maps that a step needs.
+
+A component is ω = R · q · S, with q on a unit manifold. All geometry happens at q; the gradient for q is R · G · Sᵀ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fgsgd.components import Cutting
+from lightning_fgsgd.grouping import IndexSets
+from lightning_fgsgd.manifolds import Manifold, get_manifold, wide
+from lightning_fgsgd.plan import PlannedWeight, layer_seed
+
+__all__ = ["METRICS", "POM", "ProductOfManifolds"]
+
+METRICS = ("start", "unit", "embedded")
+
+
+class ProductOfManifolds(NamedTuple):
+    """A look at one constrained weight, as ``optimizer.pom(param)`` gives it. k components of n x p.
+
+    Attributes:
+        components: the weights ω as they stand at the call, (k, n, p).
+        manifold: index of each component's manifold in ``manifold_names``, (k,).
+        manifold_names: names of the manifolds.
+        group: number of each component's group, (k,).
+        radius: R of each component, (k,).
+        scale: S of each component, (k, p, p); the identity where the start was not ``"preserve"``.
+        start: how the weight got onto its manifolds.
+    """
+
+    components: Tensor
+    manifold: Tensor
+    manifold_names: tuple[str, ...]
+    group: Tensor
+    radius: Tensor
+    scale: Tensor
+    start: str
+
+
+@dataclass
+class _Part:
+    """The components of a weight that live on one kind of manifold."""
+
+    manifold: Manifold
+    index: Tensor  # which components, (j,)
+    scale: Tensor  # S, compact
+    inverse: Tensor  # its pseudo-inverse
+    size: Tensor  # mean square of S: the squared scale at which these weights started
+
+
+class POM:
+    """The live products of manifolds of one weight.
+
+    Args:
+        name: name of the weight, for messages.
+        cutting: how it is cut into components.
+        sets: index sets of the components.
+        start: ``"preserve"``, ``"project"`` or ``"random"``.
+        scales: compact scale S for each manifold that occurs, by name.
+        radius: R of each component, (k,).
+    """
+
+    def __init__(
+        self, name: str, cutting: Cutting, sets: IndexSets, start: str, scales: dict[str, Tensor], radius: Tensor
+    ) -> None:
+        device = radius.device
+        self.name = name
+        self.cutting = cutting
+        self.start = start
+        self.sets = IndexSets(sets.manifold_names, sets.manifold.to(device), sets.group.to(device))
+        self.radius = radius
+        self.num_groups = sets.num_groups
+        self.parts = []
+        for i, manifold_name in enumerate(sets.manifold_names):
+            index = (self.sets.manifold == i).nonzero()[:, 0]
+            if manifold_name == "euclidean" or index.numel() == 0:
+                continue
+            manifold, scale = get_manifold(manifold_name), scales[manifold_name]
+            size = manifold.mean_square(scale)
+            size = torch.where(size > 0, size, torch.ones_like(size))
+            inverse = manifold.inverse(scale) if start == "preserve" else scale  # elsewhere the scale is the identity
+            self.parts.append(_Part(manifold, index, scale, inverse, size))
+        free = [i for i, manifold_name in enumerate(sets.manifold_names) if manifold_name == "euclidean"]
+        self.euclidean = torch.isin(self.sets.manifold.long(), torch.tensor(free, device=device)).nonzero()[:, 0]
+
+    @classmethod
+    @torch.no_grad()
+    def place(cls, planned: PlannedWeight, weight: Tensor) -> POM:
+        """Put ``weight`` onto its manifolds as planned, in place, and take its scale.
+
+        With ``"preserve"`` the weight is not touched at all.
+
+        Raises:
+            ValueError: the weight holds a value that is not finite.
+        """
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"{planned.name}: the weight holds NaN or infinite values, so it has no place on a manifold"
+            )
+        cutting, sets = planned.cutting, planned.index_sets
+        omega = cutting.cut(working(weight)).clone()
+        scales = {}
+        generator = torch.Generator().manual_seed(layer_seed(planned.seed, planned.name) ^ 1)
+        for i, manifold_name in enumerate(sets.manifold_names):
+            index = (sets.manifold == i).nonzero()[:, 0].to(weight.device)
+            if manifold_name == "euclidean" or index.numel() == 0:
+                continue
+            manifold = get_manifold(manifold_name)
+            if planned.start == "project":
+                omega[index] = manifold.project(omega[index])
+            elif planned.start == "random":
+                shape = (index.numel(), cutting.n, cutting.p)
+                omega[index] = manifold.random(*shape, generator=generator, dtype=torch.float64).to(omega)
+            scales[manifold_name] = (
+                manifold.root(omega[index]) if planned.start == "preserve" else manifold.unit_scale(omega[index])
+            )
+        if planned.start != "preserve":
+            weight.copy_(cutting.join(omega))
+        radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
+        return cls(planned.name, cutting, sets, planned.start, scales, radius)
+
+    # Geometry -------------------------------------------------------------------------------------------------------
+
+    def unit_points(self, omega: Tensor) -> list[Tensor]:
+        """The unit points q of the constrained components, a tensor (j, n, p) for each part."""
+        return [
+            part.manifold.scaled(omega[part.index], part.inverse) / self.radius[part.index, None, None]
+            for part in self.parts
+        ]
+
+    def set_points(self, omega: Tensor, points: list[Tensor]) -> None:
+        """Write ω = R · q · S into ``omega`` (k, n, p) for the constrained components."""
+        for part, q in zip(self.parts, points, strict=True):
+            omega[part.index] = part.manifold.scaled(q, part.scale) * self.radius[part.index, None, None]
+
+    def metric(self, part: _Part, metric: str) -> Tensor:
+        """m for which the metric on a part is m times that of its unit manifold; () or (j,).
+
+        ``"start"``: the squared scale at which the part's weights started, the mean of S²; it makes a step move ω about
+        as far as SGD moves it, and does not change when R does. ``"unit"``: 1. ``"embedded"``, the paper read
+        literally: R² times the mean of S², the metric of the space in which the weights stand now.
+        """
+        if metric == "start":
+            return part.size
+        if metric == "unit":
+            return torch.ones_like(part.size)
+        return part.size * self.radius[part.index].square()
+
+    def tangent_gradient(self, points: list[Tensor], grad: Tensor, metric: str) -> Tensor:
+        """Riemannian gradient of every component from the Euclidean one G, (k, n, p); line 5 of Algorithm 1.
+
+        In coordinates √m · q, which are orthonormal in the metric m: its Frobenius norm is the Riemannian norm.
+        Components on the Euclidean manifold keep G.
+        """
+        out = grad.clone()
+        for part, q in zip(self.parts, points, strict=True):
+            pulled = part.manifold.scaled(grad[part.index], part.scale) * self.radius[part.index, None, None]
+            out[part.index] = part.manifold.tangent(q, pulled) / _column(self.metric(part, metric).sqrt())
+        return out
+
+    def group_norms(self, grad: Tensor) -> Tensor:
+        """R_g of every group, (G,): the norm of a product is the root of the sum of squares (Theorem 1)."""
+        squares = grad.square().sum((-2, -1))
+        return squares.new_zeros(self.num_groups).index_add_(0, self.sets.group, squares).sqrt()
+
+    def curvatures(self, metric: str) -> Tensor:
+        """c of every group, (G,): the largest upper curvature bound among its components, in the chosen metric."""
+        of_component = self.radius.new_zeros(self.cutting.count)
+        for part in self.parts:
+            of_component[part.index] = part.manifold.curvature[1] / self.metric(part, metric)
+        return self.radius.new_zeros(self.num_groups).scatter_reduce_(0, self.sets.group.long(), of_component, "amax")
+
+    def retract(self, points: list[Tensor], step: Tensor, metric: str) -> list[Tensor]:
+        """New unit points after the tangent ``step`` (k, n, p), given in the coordinates √m · q."""
+        return [
+            part.manifold.retract(q, step[part.index] / _column(self.metric(part, metric).sqrt()))
+            for part, q in zip(self.parts, points, strict=True)
+        ]
+
+    def transport(self, points: list[Tensor], vector: Tensor) -> None:
+        """Carry the tangent ``vector`` (k, n, p) to the new unit points, in place."""
+        for part, q in zip(self.parts, points, strict=True):
+            vector[part.index] = part.manifold.transport(q, vector[part.index])
+
+    # Looking and changing -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rescale(self, weight: Tensor, radius: Tensor) -> None:
+        """Set R of every component to ``radius`` (k,) and scale the weight along; the directions q stay.
+
+        Components on the Euclidean manifold have no radius to set, and stay.
+        """
+        omega = self.cutting.cut(working(weight)).clone()
+        new = self.radius.clone()
+        for part in self.parts:
+            new[part.index] = radius.to(new)[part.index]
+        omega *= (new / self.radius)[:, None, None]
+        self.radius = new
+        weight.copy_(self.cutting.join(omega))
+
+    @torch.no_grad()
+    def distance(self, weight: Tensor) -> float:
+        """Largest relative violation: ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F, over the components."""
+        omega = wide(self.cutting.cut(weight))
+        worst = 0.0
+        for part in self.parts:
+            target = part.manifold.target(wide(part.scale)) * wide(self.radius)[part.index, None].square()
+            error = (part.manifold.fixed(omega[part.index]) - target).norm(dim=-1)
+            norm = target.norm(dim=-1)
+            relative = torch.where(error > 0, error / norm, torch.zeros_like(error))  # a zero component may stay zero
+            worst = max(worst, float(relative.max()))
+        return worst
+
+    def look(self, weight: Tensor) -> ProductOfManifolds:
+        """What ``optimizer.pom`` shows."""
+        p = self.cutting.p
+        scale = torch.eye(p, dtype=self.radius.dtype, device=self.radius.device).repeat(self.cutting.count, 1, 1)
+        for part in self.parts:
+            scale[part.index] = part.manifold.scaled(scale[part.index], part.scale)
+        components = self.cutting.cut(weight.detach()).clone()
+        sets = self.sets
+        return ProductOfManifolds(
+            components,
+            sets.manifold.long(),
+            sets.manifold_names,
+            sets.group.long(),
+            self.radius.clone(),
+            scale,
+            self.start,
+        )
+
+    def zero_components(self) -> int:
+        """Number of components whose scale is zero: they have no direction, and stay where they are."""
+        return sum(int((part.scale.flatten(1) == 0).all(1).sum()) for part in self.parts)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, strings and numbers, so that ``torch.load(..., weights_only=True)`` reads them."""
+        return {
+            "name": self.name,
+            "cutting": self.cutting.kind,
+            "n": self.cutting.n,
+            "p": self.cutting.p,
+            "start": self.start,
+            "manifold_names": list(self.sets.manifold_names),
+            "manifold": self.sets.manifold,
+            "group": self.sets.group,
+            "radius": self.radius,
+            # A unit scale is known from the start, and not stored.
+            "scale": {part.manifold.name: part.scale for part in self.parts} if self.start == "preserve" else {},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
+        """The POM of ``weight`` that :meth:`state_dict` described, on the weight's device."""
+        like = working(weight)
+        sets = IndexSets(tuple(state["manifold_names"]), state["manifold"].clone(), state["group"].clone())
+        scales = {name: scale.to(like) for name, scale in state["scale"].items()}
+        if state["start"] != "preserve":
+            omega = cutting.cut(like)
+            for i, name in enumerate(sets.manifold_names):
+                scales[name] = get_manifold(name).unit_scale(omega[(sets.manifold == i).to(omega.device)])
+        return cls(state["name"], cutting, sets, state["start"], scales, state["radius"].to(like, copy=True))
+
+    def __repr__(self) -> str:
+        cutting = self.cutting
+        return (
+            f"POM({self.name}: {cutting.count} {cutting.kind} components of {cutting.n} x {cutting.p} "
+            f"in {self.num_groups} groups, {', '.join(self.sets.manifold_names)}, start={self.start!r})"
+        )
+
+
+def working(weight: Tensor) -> Tensor:
+    """``weight`` in the precision of the geometry: float32 for half precision, its own otherwise."""
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+
+
+def _column(m: Tensor) -> Tensor:
+    return m[:, None, None] if m.ndim else m

@@ -1,0 +1,70 @@
+"""A streaming standard deviation per channel, as a torchmetrics metric: λ of the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["FeatureStd"]
+
+
+class FeatureStd(Metric):
+    """Standard deviation of each channel of a stream of feature tensors, in constant memory.
+
+    The state is one tensor (3, channels): count, mean and sum of squared deviations. Batches, processes and merged metrics
+    are all joined by the formula of Chan, Golub and LeVeque, which keeps its accuracy where the mean is large beside the
+    deviation. Nothing is read back to the host before :meth:`compute`.
+
+    Args:
+        channels: number of channels.
+        pools: pool the channels into this many equal runs, as a conv group's fan-in; None keeps every channel apart.
+        kwargs: as in ``torchmetrics.Metric``.
+
+    Example::
+
+        std = FeatureStd(3)
+        for images in loader:      # (N, 3, H, W)
+            std.update(images, dim=1)
+        std.compute()              # (3,)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    moments: Tensor
+
+    def __init__(self, channels: int, pools: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pools = channels if pools is None else pools
+        self.set_dtype(torch.float64)
+        self.add_state("moments", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=merge_moments)
+
+    def update(self, features: Tensor, dim: int = 1) -> None:
+        """Add a batch of features, any shape with the channels along ``dim``."""
+        if features.numel() == 0:
+            return
+        if features.dtype in (torch.float16, torch.bfloat16):
+            features = features.float()
+        others = [d for d in range(features.ndim) if d != dim % features.ndim]
+        count = features.numel() // features.shape[dim]
+        variance, mean = torch.var_mean(features, dim=others, correction=0)
+        variance, mean = variance.to(self.moments), mean.to(self.moments)
+        batch = torch.stack([torch.full_like(mean, count), mean, variance * count])
+        self.moments = merge_moments(torch.stack([self.moments, batch]))
+
+    def compute(self) -> Tensor:
+        """Standard deviation (population, not sample) of each channel or pool; NaN where nothing was read."""
+        pooled = merge_moments(self.moments.reshape(3, self.pools, -1).permute(2, 0, 1))
+        return (pooled[2] / pooled[0]).sqrt()
+
+
+def merge_moments(moments: Tensor) -> Tensor:
+    """Join counts, means and sums of squared deviations, (parts, 3, channels) -> (3, channels)."""
+    count, mean, squares = moments.unbind(1)
+    total = count.sum(0)
+    weight = count / total.clamp_min(1)
+    joint = (weight * mean).sum(0)
+    return torch.stack([total, joint, (squares + count * (mean - joint).square()).sum(0)])
