@@ -106,7 +106,7 @@ def pom_param_groups(
             than any pool of the model has components, or a model with nothing to constrain.
     """
     check_choices(scheme, manifolds, start, cutting, block_size, groups, seed)
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     _check_patterns("include", include, names.values())
     _check_patterns("exclude", exclude, names.values())
     head = set() if exclude is not None and len(exclude) == 0 else _head_parameters(model)
@@ -154,7 +154,7 @@ def layer_seed(seed: int, name: str) -> int:
 
 
 def _reason(
-    p: nn.Parameter,
+    p: Tensor,
     name: str,
     module: nn.Module,
     cut: Cutting | None,
@@ -180,7 +180,7 @@ def _reason(
     return ""
 
 
-def _head_parameters(model: nn.Module) -> set[nn.Parameter]:
+def _head_parameters(model: nn.Module) -> set[Tensor]:
     with_head: Iterator[Any] = (m for m in model.modules() if callable(getattr(m, "get_classifier", None)))
     heads = [m.get_classifier() for m in with_head]
     flat: Iterator[Any] = (m for head in heads for m in (head if isinstance(head, (tuple, list)) else (head,)))

@@ -179,7 +179,7 @@ class FeatureStdRescaling(Callback):
         """λ of each component, (k,), over all processes; None where the layer's input was never seen."""
         if not metric.update_called:
             return None
-        std = metric.compute().to(pom.radius)
+        std = metric.compute().reshape(-1).to(pom.radius)
         metric.reset()
         reads = pom.cutting.input_channel()
         return std[(pom.cutting.conv_group() if reads is None else reads).to(std.device)]

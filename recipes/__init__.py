@@ -1,0 +1,1 @@
+"""What a user runs: LightningCLI scripts, their YAML configs, data, and reports."""

@@ -1,0 +1,94 @@
+"""Fine-tune a timm model with its weights on products of manifolds.
+
+    python -m recipes.finetune fit                                      # EfficientNet-Lite0 on handwritten digits
+    python -m recipes.finetune fit --model.optimizer sgd                # the same run with plain SGD
+    python -m recipes.finetune fit --config recipes/configs/cifar10.yaml
+
+Without ``--config``, ``recipes/configs/digits.yaml`` holds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+from lightning_fgsgd import FeatureStdRescaling, NormBoundMonitor, POMGrouping, export_timm
+from recipes.data import ImageData
+from recipes.model import LitClassifier
+from recipes.report import LearningCurve, plot_layers, plot_learning_curve, print_layers, print_summary
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+class FinetuneCLI(LightningCLI):
+    """LightningCLI that tests after it has fitted, and reports."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The data knows the number of classes."""
+        parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+
+    def before_fit(self) -> None:
+        """Plain SGD has no manifolds: our callbacks are dropped. The learning curve is always kept."""
+        self.curve = LearningCurve()
+        if self.model.hparams["optimizer"] == "sgd":
+            ours = (POMGrouping, FeatureStdRescaling, NormBoundMonitor)
+            self.trainer.callbacks[:] = [c for c in self.trainer.callbacks if not isinstance(c, ours)]
+        self.trainer.callbacks.insert(0, self.curve)
+
+    def after_fit(self) -> None:
+        """Test what was trained, write plots and plain timm weights, and print the report."""
+        trainer, model = self.trainer, self.model
+        if trainer.fast_dev_run:
+            return
+        optimizer = trainer.optimizers[0]  # trainer.test lets go of it
+        results = trainer.test(model, self.datamodule, verbose=False)
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        plots = []
+        if self.curve.epochs:
+            plots.append(plot_learning_curve(self.curve.epochs, folder / "learning_curve.png"))
+        for rescaling in (c for c in trainer.callbacks if isinstance(c, FeatureStdRescaling) and c.history):
+            for key, label in (("std", "feature std"), ("radius", "R")):
+                plots.append(plot_layers(rescaling.history, key, label, folder / f"{label.replace(' ', '_')}.png"))
+        files = {
+            "checkpoint": [getattr(trainer.checkpoint_callback, "best_model_path", "")],
+            "timm weights": [export_timm(model, folder / "model.safetensors")],
+            "TensorBoard log": [folder],
+            "plots": plots,
+        }
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        if hasattr(optimizer, "poms"):
+            print_layers(console, optimizer)
+        print_summary(console, optimizer, float(results[0]["test_accuracy"]), files)
+
+
+def _num_classes(data: Any) -> int:
+    return int(data.num_classes)
+
+
+def main(args: Sequence[str] | None = None) -> FinetuneCLI:
+    """Run the command line ``args``, those of the process by default."""
+    given = sys.argv[1:] if args is None else args
+    own_config = any(arg in ("--config", "-c") or arg.startswith("--config=") for arg in given)
+    defaults = {"default_config_files": [] if own_config else [str(DEFAULT_CONFIG)]}
+    torch.set_float32_matmul_precision("high")
+    return FinetuneCLI(
+        LitClassifier,
+        ImageData,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        parser_kwargs=dict.fromkeys(("fit", "validate", "test", "predict"), defaults),
+        save_config_kwargs={"overwrite": True},
+        args=None if args is None else list(args),
+    )
+
+
+if __name__ == "__main__":
+    main()
