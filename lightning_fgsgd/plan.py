@@ -112,19 +112,21 @@ def pom_param_groups(
     head = set() if exclude is not None and len(exclude) == 0 else _head_parameters(model)
 
     plan = POMPlan(names=names)
-    owners = {
-        p: (module, attr) for module in model.modules() for attr, p in module._parameters.items() if p is not None
-    }
-    for p, name in names.items():
-        module, attr = owners[p]
+    owners: dict[Tensor, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for attr, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(p, (module, attr))
+    for weight, name in names.items():
+        module, attr = owners[weight]
         cut = cutting_of(module, cutting, block_size) if attr == "weight" else None
-        reason = _reason(p, name, module, cut, include, exclude, p in head)
+        reason = _reason(weight, name, module, cut, include, exclude, weight in head)
         if reason or cut is None:
             plan.euclidean[name] = reason
             continue
         generator = torch.Generator().manual_seed(layer_seed(seed, name))
         sets = draw_index_sets(cut, scheme, manifolds, groups, generator=generator)
-        plan.weights[p] = PlannedWeight(name, cut, sets, scheme, start, seed)
+        plan.weights[weight] = PlannedWeight(name, cut, sets, scheme, start, seed)
 
     if not plan.weights:
         reasons = "; ".join(sorted(set(plan.euclidean.values())))

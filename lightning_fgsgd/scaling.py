@@ -40,7 +40,11 @@ def radius(gamma: float, std: Tensor, clamp: bool = True) -> Tensor:
     return gamma / (std.clamp_min(1.0) if clamp else std)
 
 
-def preserved_radius(first: Tensor, std: Tensor, current: Tensor) -> Tensor:
-    """R = R¹ · λ¹ / λ^t with R¹ = 1; where either λ is not a positive number, ``current`` stays. All (k,)."""
+def preserved_radius(first: Tensor, std: Tensor, current: Tensor, limit: float | None = None) -> Tensor:
+    """R = R¹ · λ¹ / λ^t with R¹ = 1, kept within [1/limit, limit]; all tensors (k,).
+
+    Where the ratio is not a number, or either λ is zero, ``current`` stays.
+    """
     ratio = first / std
-    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, current)
+    ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, current)
+    return ratio if limit is None else ratio.clamp(1 / limit, limit)

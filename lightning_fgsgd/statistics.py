@@ -48,10 +48,13 @@ class FeatureStd(Metric):
             return
         if features.dtype in (torch.float16, torch.bfloat16):
             features = features.float()
-        others = [d for d in range(features.ndim) if d != dim % features.ndim]
+        dim = dim % features.ndim
+        others = [d for d in range(features.ndim) if d != dim]
         count = features.numel() // features.shape[dim]
-        variance, mean = torch.var_mean(features, dim=others, correction=0)
-        variance, mean = variance.to(self.moments), mean.to(self.moments)
+        # A value of each channel is taken off first: the mean may be so large that float32 cannot hold it precisely enough.
+        pivot = features[tuple(slice(None) if d == dim else slice(1) for d in range(features.ndim))]
+        variance, mean = torch.var_mean(features - pivot, dim=others, correction=0)
+        variance, mean = variance.to(self.moments), mean.to(self.moments) + pivot.flatten().to(self.moments)
         batch = torch.stack([torch.full_like(mean, count), mean, variance * count])
         self.moments = merge_moments(torch.stack([self.moments, batch]))
 

@@ -208,9 +208,9 @@ class TimmData(ImageData):
         transform = create_transform(
             self.image_size, is_training=training, mean=(0, 0, 0), std=(1, 1, 1), **(self.transform if training else {})
         )
-        dataset = create_dataset(
-            self.dataset, root=self.root, split=self.splits[split], is_training=training, download=self.download
-        )
+        name = self.splits[split]
+        assert name is not None
+        dataset = create_dataset(self.dataset, self.root, name, is_training=training, download=self.download)
         dataset.transform = transform
         labels = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
         if labels is not None and len(labels) != self.num_classes:

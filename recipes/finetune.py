@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from lightning_fgsgd import FeatureStdRescaling, NormBoundMonitor, POMGrouping, export_timm
+from lightning_fgsgd import FGSGD, FeatureStdRescaling, NormBoundMonitor, POMGrouping, export_timm
 from recipes.data import ImageData
 from recipes.model import LitClassifier
 from recipes.report import LearningCurve, plot_layers, plot_learning_curve, print_layers, print_summary
@@ -28,6 +28,8 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 class FinetuneCLI(LightningCLI):
     """LightningCLI that tests after it has fitted, and reports."""
+
+    trainer: Any
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data knows the number of classes."""
@@ -57,14 +59,14 @@ class FinetuneCLI(LightningCLI):
         for rescaling in (c for c in trainer.callbacks if isinstance(c, FeatureStdRescaling) and c.history):
             for key, label in (("std", "feature std"), ("radius", "R")):
                 plots.append(plot_layers(rescaling.history, key, label, folder / f"{label.replace(' ', '_')}.png"))
-        files = {
+        files: dict[str, list[Any]] = {
             "checkpoint": [getattr(trainer.checkpoint_callback, "best_model_path", "")],
             "timm weights": [export_timm(model, folder / "model.safetensors")],
             "TensorBoard log": [folder],
             "plots": plots,
         }
         console = Console(width=None if sys.stdout.isatty() else 160)
-        if hasattr(optimizer, "poms"):
+        if isinstance(optimizer, FGSGD):
             print_layers(console, optimizer)
         print_summary(console, optimizer, float(results[0]["test_accuracy"]), files)
 

@@ -34,6 +34,9 @@ class LitClassifier(FGSGDMixin, LightningModule):
         model_args: further arguments of ``timm.create_model``.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         model: str = "tf_efficientnet_lite0",
@@ -52,18 +55,16 @@ class LitClassifier(FGSGDMixin, LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = timm.create_model(model, pretrained=pretrained is True, **(model_args or {}))
+        net: Any = timm.create_model(model, pretrained=pretrained is True, **(model_args or {}))
         if isinstance(pretrained, str):
-            load_weights(self.model, pretrained)
-        self.model.reset_classifier(num_classes)
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            load_weights(net, pretrained)
+        net.reset_classifier(num_classes)
+        self.model = net.to(memory_format=torch.channels_last) if channels_last else net
         config = resolve_model_data_config(self.model)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1), persistent=False)
-        self.accuracy = nn.ModuleDict(
-            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("val", "test")}
-        )
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the timm model expects them."""
@@ -84,18 +85,18 @@ class LitClassifier(FGSGDMixin, LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Loss and accuracy of a validation batch."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", self.val_accuracy)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Loss and accuracy of a test batch."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", self.test_accuracy)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
         logits = self(images)
-        self.accuracy[stage](logits, labels)
+        accuracy(logits, labels)
         self.log(f"{stage}_loss", cross_entropy(logits, labels), prog_bar=True)
-        self.log(f"{stage}_accuracy", self.accuracy[stage], prog_bar=True)
+        self.log(f"{stage}_accuracy", accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """FG-SGD by the mixin, or plain SGD with the same options and schedule."""

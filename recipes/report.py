@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def print_layers(console: Console, optimizer: FGSGD) -> None:
     console.print(table)
 
 
-def print_summary(console: Console, optimizer: Any, accuracy: float, files: dict[str, Sequence[Path | str]]) -> None:
+def print_summary(console: Console, optimizer: Any, accuracy: float, files: Mapping[str, Sequence[Path | str]]) -> None:
     """Accuracy, constraints and where things lie."""
     table = Table(title="Result", show_header=False)
     table.add_column("what", no_wrap=True)
@@ -95,9 +95,7 @@ def plot_layers(history: list[dict[str, Any]], key: str, label: str, path: Path)
     from matplotlib.colors import LogNorm
 
     layers = [layer for layer in history[0]["layers"] if layer in history[-1]["layers"]]
-    values = [
-        [max(row["layers"][layer][key], 1e-12) for row in history] for layer in layers if layer in history[-1]["layers"]
-    ]
+    values = [[max(row["layers"][layer][key], 1e-12) for row in history] for layer in layers]
     figure, (axis,) = _figure(1, height=max(3.0, 0.16 * len(layers)))
     first, last = history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5
     flat = [v for row in values for v in row]

@@ -40,6 +40,8 @@ class FeatureStdRescaling(Callback):
         gamma: reading of b̂ in Eq. 2, ``"xavier"`` or ``"literal"``; see :func:`~lightning_fgsgd.scaling.gamma`.
         clamp: raise λ to 1 where it is less, as the paper's bounds need; says so once when it acts. Weights that started
             with ``"preserve"`` are not clamped.
+        limit: with ``"preserve"``, R stays within [1/limit, limit]. A channel that dies has λ -> 0, and λ¹/λ would blow up
+            weights that no gradient can correct. ``None`` lifts it.
         every_n_batches: read every n-th batch. λ is an average over very many features, so a sample is enough.
 
     Attributes:
@@ -51,14 +53,19 @@ class FeatureStdRescaling(Callback):
         MisconfigurationException: when fitting starts without an FGSGD that constrains a weight.
     """
 
-    def __init__(self, gamma: str = "xavier", clamp: bool = True, every_n_batches: int = 4) -> None:
+    def __init__(
+        self, gamma: str = "xavier", clamp: bool = True, limit: float | None = 10.0, every_n_batches: int = 4
+    ) -> None:
         if gamma not in scaling.GAMMA_READINGS:
             choices = ", ".join(map(repr, scaling.GAMMA_READINGS))
             raise ValueError(f"gamma: unknown reading {gamma!r}; choose from {choices}")
         if isinstance(every_n_batches, bool) or not isinstance(every_n_batches, int) or every_n_batches < 1:
             raise ValueError(f"every_n_batches: {every_n_batches!r} is not a whole number of at least 1")
+        if limit is not None and not limit >= 1:
+            raise ValueError(f"limit: {limit!r} is not a number of at least 1; None lifts the limit")
         self.gamma = gamma
         self.clamp = clamp
+        self.limit = limit
         self.every_n_batches = every_n_batches
         self.history: list[dict[str, Any]] = []
         self._metrics: dict[str, FeatureStd] = {}
@@ -202,7 +209,7 @@ class FeatureStdRescaling(Callback):
                     continue
                 std = std.to(pom.radius)
                 if pom.start == "preserve":
-                    new = scaling.preserved_radius(self._first[name].to(std), std, pom.radius)
+                    new = scaling.preserved_radius(self._first[name].to(std), std, pom.radius, self.limit)
                 else:
                     size = scaling.gamma(pom.cutting, self.gamma, self._feature_map.get(name))
                     new = scaling.radius(size, std, self.clamp)

@@ -1,0 +1,38 @@
+"""Small things that many tests share."""
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class TinyNet(nn.Module):
+    """One layer of every shape that matters: 3x3, depthwise, wide 1x3, grouped, transposed, 1x1 and Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+        self.depthwise = nn.Conv2d(6, 6, (2, 3), padding=1, groups=6)
+        self.grouped = nn.Conv2d(6, 8, (1, 3), groups=2)
+        self.pointwise = nn.Conv2d(8, 10, 1)
+        self.up = nn.ConvTranspose2d(10, 4, 2)
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 9)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.conv, self.depthwise, self.grouped, self.pointwise, self.up, self.norm):
+            x = torch.tanh(layer(x))
+        return self.head(torch.tanh(self.linear(x.mean((2, 3)))))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+@pytest.fixture
+def tiny() -> TinyNet:
+    return TinyNet()

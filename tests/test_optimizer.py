@@ -1,0 +1,427 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_fgsgd import FGSGD, pom_param_groups
+from tests import reference
+
+MANIFOLDS = [("sphere",), ("oblique",), ("stiefel",), ("sphere", "oblique", "stiefel"), ("stiefel", "euclidean")]
+MOMENTA = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    {"momentum": 0.5, "dampening": 0.3, "maximize": True},
+]
+ALL = ("sphere", "oblique", "stiefel")
+
+
+def net(dtype=torch.float64):
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, (2, 3), groups=6), nn.Conv1d(6, 4, 3), nn.Conv2d(8, 12, 1), nn.Linear(7, 10)
+    ).to(dtype)
+
+
+def random_grads(model, scale=1.0):
+    for p in model.parameters():
+        p.grad = scale * torch.randn_like(p)
+
+
+def references(model, optimizer, start, metric="start"):
+    found = {}
+    for p in model.parameters():
+        look = optimizer.pom(p)
+        if look is None:
+            continue
+        cutting = optimizer.poms[p].cutting
+        weight = p.detach().numpy().copy()
+        components = reference.cut(weight, cutting.kind, cutting.p)
+        names = [look.manifold_names[i] for i in look.manifold.tolist()]
+        args = components, names, look.group.tolist(), start, look.radius.tolist(), metric
+        found[p] = weight, reference.Reference(*args)
+    return found
+
+
+@pytest.mark.parametrize("start", ["preserve", "project", "random"])
+@pytest.mark.parametrize("manifolds", MANIFOLDS, ids="-".join)
+@pytest.mark.parametrize("scheme", ["pi", "po", "pio"])
+@pytest.mark.parametrize("options", MOMENTA, ids=["plain", "momentum", "nesterov", "dampened"])
+def test_steps_equal_a_loop_over_components(scheme, manifolds, start, options):
+    for cutting, metric, rho in (("kernel", "start", 1.0), ("filter", "unit", 0.3), ("kernel", "embedded", None)):
+        model = net()
+        groups = pom_param_groups(
+            model, scheme=scheme, manifolds=manifolds, start=start, cutting=cutting, block_size=4, seed=3
+        )
+        optimizer = FGSGD(groups, lr=0.2, rho=rho, metric=metric, **options)
+        if metric == "embedded":  # R other than 1
+            for p, pom in optimizer.poms.items():
+                optimizer.rescale(p, torch.rand_like(pom.radius) + 0.5)
+        expected = references(model, optimizer, start, metric)
+        assert len(expected) == 5
+        for _ in range(3):
+            random_grads(model)
+            for p, (_, ref) in expected.items():
+                pom = optimizer.poms[p]
+                ref.step(reference.cut(p.grad.numpy(), pom.cutting.kind, pom.cutting.p), lr=0.2, rho=rho, **options)
+            optimizer.step()
+        for p, (weight, _) in expected.items():
+            np.testing.assert_allclose(p.detach().numpy(), weight, rtol=0, atol=1e-9)
+            assert optimizer.distance(p) < 1e-12
+
+
+@pytest.mark.parametrize("start", ["project", "preserve"])
+def test_placing_puts_each_component_where_the_formula_says(start):
+    model = net()
+    before = {p: p.detach().numpy().copy() for p in model.parameters()}
+    optimizer = FGSGD(pom_param_groups(model, start=start, block_size=4))
+    for p, pom in optimizer.poms.items():
+        look = optimizer.pom(p)
+        old = reference.cut(before[p], pom.cutting.kind, pom.cutting.p)
+        for omega, s, manifold, was in zip(look.components, look.scale, look.manifold, old, strict=True):
+            name = look.manifold_names[manifold]
+            expected = was if start == "preserve" else reference.nearest(name, was)
+            np.testing.assert_allclose(omega.numpy(), expected, atol=1e-12)
+            unit = reference.scale_of(name, was) if start == "preserve" else np.eye(len(s))
+            np.testing.assert_allclose(s.numpy(), unit, atol=1e-7)
+
+
+def test_preserve_moves_no_weight_by_a_single_bit():
+    model = net(torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    FGSGD(pom_param_groups(model, start="preserve"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_drawing_groups_moves_nothing():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    pom_param_groups(model, start="project")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "weight_decay": 1e-2},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.1, "maximize": True},
+    ],
+    ids=["plain", "decay", "nesterov", "dampened"],
+)
+def test_all_euclidean_without_normalizer_is_torch_sgd_bit_for_bit(options, channels_last):
+    ours = nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7), nn.Conv2d(7, 9, 1), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(8, 5, 9, 9)
+    ours(x)
+    if channels_last:
+        ours.to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours)
+    mine = FGSGD(pom_param_groups(ours, manifolds=["euclidean"]), lr=0.1, rho=None, **options)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, **options)
+    for _ in range(5):
+        for model, optimizer in ((ours, mine), (theirs, sgd)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_all_euclidean_stays_torch_sgd_while_the_normalizer_is_one():
+    # Small gradients: R_g² Γ₂ < 1, so 𝔤 = 1 and the manifold path must give SGD's bits too.
+    ours, theirs = net(torch.float32), net(torch.float32)
+    theirs.load_state_dict(ours.state_dict())
+    mine = FGSGD(pom_param_groups(ours, manifolds=["euclidean"]), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    for _ in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = 1e-3 * torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        sgd.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_a_plan_it_is_torch_sgd():
+    ours, theirs = net(torch.float32), net(torch.float32)
+    theirs.load_state_dict(ours.state_dict())
+    mine, sgd = (
+        FGSGD(ours.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9),
+    )
+    for _ in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        sgd.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(mine.pom(p) is None and mine.distance(p) == 0 for p in ours.parameters())
+
+
+def test_unconstrained_parameters_beside_constrained_ones_step_as_sgd(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, momentum=0.9, weight_decay=0.01)
+    free = [p for p in tiny.parameters() if optimizer.pom(p) is None]
+    copies = [p.detach().clone().requires_grad_() for p in free]
+    sgd = torch.optim.SGD(copies, lr=0.1, momentum=0.9, weight_decay=0.01)
+    assert len(free) > 8
+    for _ in range(3):
+        random_grads(tiny)
+        for p, c in zip(free, copies, strict=True):
+            c.grad = p.grad.clone()
+        optimizer.step()
+        sgd.step()
+    assert all(torch.equal(p, c) for p, c in zip(free, copies, strict=True))
+
+
+@pytest.mark.parametrize("start", ["preserve", "project", "random"])
+def test_float32_weights_stay_on_their_manifolds_within_1e_5(tiny, start):
+    optimizer = FGSGD(pom_param_groups(tiny, start=start), lr=0.5, momentum=0.9, weight_decay=0.1)
+    for _ in range(200):
+        random_grads(tiny, scale=10.0)
+        optimizer.step()
+    assert len(optimizer.poms) == 6
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
+
+
+def test_weight_decay_does_not_act_on_constrained_weights():
+    weights = []
+    for weight_decay in (0.0, 0.5):
+        torch.manual_seed(1)
+        model = net()
+        optimizer = FGSGD(pom_param_groups(model), lr=0.1, weight_decay=weight_decay)
+        random_grads(model)
+        optimizer.step()
+        weights.append([p.detach() for p in optimizer.poms])
+    for a, b in zip(*weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_first_step_of_preserve_moves_about_as_far_as_sgd():
+    # What `metric="start"` promises: the learning rate of SGD carries over.
+    model = nn.Conv2d(64, 64, 3)
+    optimizer = FGSGD(pom_param_groups(model), lr=1e-3, rho=None)
+    before = model.weight.detach().clone()
+    random_grads(model)
+    optimizer.step()
+    moved = (model.weight - before).norm() / (1e-3 * model.weight.grad.norm())
+    assert 0.5 < moved < 1.5
+
+
+def test_rescaling_changes_the_radius_and_nothing_else(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny, start="project"), lr=0.1)
+    p = tiny.conv.weight
+    before = optimizer.pom(p)
+    radius = torch.rand(24) + 0.5
+    optimizer.rescale(p, radius)
+    after = optimizer.pom(p)
+    torch.testing.assert_close(after.components, before.components * radius[:, None, None])
+    torch.testing.assert_close(after.radius, radius)
+    assert torch.equal(after.manifold, before.manifold)
+    assert optimizer.distance(p) < 1e-5
+    with pytest.raises(ValueError, match=r"radius: conv\.weight needs 24 positive numbers"):
+        optimizer.rescale(p, -radius)
+    with pytest.raises(ValueError, match="param: it is not on a product"):
+        optimizer.rescale(tiny.norm.weight, radius)
+
+
+def test_a_stray_weight_is_noticed_by_distance(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    with torch.no_grad():
+        tiny.conv.weight[0, 0] *= 1.01
+    assert math.isclose(optimizer.distance(tiny.conv.weight), 1.01**2 - 1, rel_tol=1e-3)
+
+
+def test_dead_and_singular_components_stay_where_they_have_no_direction():
+    model = nn.Conv2d(2, 3, 3, bias=False)
+    with torch.no_grad():
+        model.weight[0, 0] = 0
+        model.weight[0, 1, :, 2] = model.weight[0, 1, :, 1]  # rank 2
+        model.weight[1, 0] = torch.outer(torch.randn(3), torch.randn(3))  # rank 1
+    for manifold in ALL:
+        copied = copy.deepcopy(model)
+        with pytest.warns(UserWarning, match=r"zero.*1 in weight"):
+            optimizer = FGSGD(pom_param_groups(copied, manifolds=[manifold]), lr=0.1, momentum=0.9)
+        for _ in range(20):
+            random_grads(copied)
+            optimizer.step()
+        assert torch.equal(copied.weight[0, 0], torch.zeros(3, 3))
+        assert optimizer.distance(copied.weight) < 1e-5
+        assert (copied.weight[0, 1] - model.weight[0, 1]).norm() > 0.01
+    rank = torch.linalg.matrix_rank(copied.weight, rtol=1e-5)  # Stiefel keeps the whole Gram matrix, so the rank
+    assert rank.tolist() == [[0, 2], [1, 3], [3, 3]]
+
+
+def test_a_closure_is_evaluated_with_gradients():
+    model = net()
+    optimizer = FGSGD(pom_param_groups(model), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model[4](torch.ones(1, 7, dtype=torch.float64)).square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > optimizer.step(closure)
+
+
+def test_a_tensor_learning_rate_gives_the_same_step():
+    results = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        torch.manual_seed(2)
+        model = net()
+        optimizer = FGSGD(pom_param_groups(model), lr=lr, momentum=0.9)
+        random_grads(model)
+        optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_half_precision_weights_are_stepped_in_float32():
+    model = nn.Linear(64, 32).bfloat16()
+    optimizer = FGSGD(pom_param_groups(model, start="project"), lr=0.1, momentum=0.9)
+    for _ in range(20):
+        random_grads(model)
+        optimizer.step()
+    assert model.weight.dtype == torch.bfloat16
+    assert optimizer.distance(model.weight) < 0.02  # a rounding to 8 bits away
+
+
+# Checkpoints
+
+
+def step_n(model, optimizer, n, seed):
+    torch.manual_seed(seed)
+    for _ in range(n):
+        random_grads(model)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("load_model_first", [True, False])
+@pytest.mark.parametrize("start", ["preserve", "project", "random"])
+def test_a_loaded_state_goes_on_bit_for_bit(tmp_path, start, load_model_first):
+    model = net(torch.float32)
+    optimizer = FGSGD(pom_param_groups(model, start=start, seed=5), lr=0.1, momentum=0.9)
+    step_n(model, optimizer, 3, seed=1)
+    for p, pom in optimizer.poms.items():
+        optimizer.rescale(p, torch.rand_like(pom.radius) + 0.5)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+
+    other = net(torch.float32)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    if load_model_first:
+        other.load_state_dict(state["model"])
+    resumed = FGSGD(pom_param_groups(other, start=start, seed=6), lr=0.1, momentum=0.9)  # other index sets: replaced
+    if not load_model_first:
+        other.load_state_dict(state["model"])
+    resumed.load_state_dict(state["optimizer"])
+    for p, q in zip(optimizer.poms, resumed.poms, strict=True):
+        a, b = optimizer.pom(p), resumed.pom(q)
+        assert all(torch.equal(x, y) for x, y in zip(a[:2] + a[3:6], b[:2] + b[3:6], strict=True))
+
+    step_n(model, optimizer, 3, seed=2)
+    step_n(other, resumed, 3, seed=2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_that_does_not_fit_is_refused_by_name():
+    model = net()
+    state = FGSGD(pom_param_groups(model)).state_dict()
+    with pytest.raises(ValueError, match=r"0\.weight was cut into 24 kernel components of 3 x 3, here into"):
+        FGSGD(pom_param_groups(model, cutting="filter")).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"parameter groups hold \[5, 5\] parameters, this optimizer's \[10\]"):
+        FGSGD(model.parameters()).load_state_dict(state)
+    groups = [{"params": g["params"]} for g in pom_param_groups(model)]
+    partial = FGSGD(groups)
+    partial.constrain(pom_param_groups(model, include=["4.weight"]).plan)
+    with pytest.raises(ValueError, match=r"0\.weight is constrained here but was not when it was saved"):
+        FGSGD(pom_param_groups(model)).load_state_dict(partial.state_dict())
+    with pytest.raises(ValueError, match="holds no products of manifolds, so another optimizer saved it"):
+        FGSGD(pom_param_groups(model)).load_state_dict(
+            torch.optim.SGD([{"params": g["params"]} for g in groups]).state_dict()
+        )
+
+
+def test_a_run_of_torch_sgd_can_be_continued():
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step_n(model, sgd, 2, seed=1)
+    optimizer = FGSGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(sgd.state_dict())
+    optimizer.constrain(pom_param_groups(model).plan)
+    weight = model[0].weight
+    pom = optimizer.poms[weight]
+    buffer = pom.cutting.cut(optimizer.state[weight]["momentum_buffer"])
+    points = pom.unit_points(pom.cutting.cut(weight.detach()))
+    for part, q in zip(pom.parts, points, strict=True):
+        tangent = part.manifold.tangent(q, buffer[part.index])
+        torch.testing.assert_close(tangent, buffer[part.index])  # the buffer is a tangent vector now
+    step_n(model, optimizer, 2, seed=2)
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
+
+
+def test_an_unfrozen_weight_is_constrained_by_the_plan(tiny):
+    tiny.conv.weight.requires_grad_(False)
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    assert optimizer.pom(tiny.conv.weight) is None
+    tiny.conv.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [tiny.conv.weight], "lr": 0.01})
+    assert optimizer.pom(tiny.conv.weight).components.shape == (24, 3, 3)
+
+
+def test_a_copied_optimizer_steps_alike(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, momentum=0.9)
+    model, twin = copy.deepcopy((tiny, optimizer))
+    step_n(tiny, optimizer, 2, seed=1)
+    step_n(model, twin, 2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), model.parameters(), strict=True))
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, "lr: -0.1 is not a finite number of at least 0"),
+        ({"lr": math.nan}, "lr: nan is not a finite number"),
+        ({"lr": math.inf}, "lr: inf is not a finite number"),
+        ({"lr": torch.ones(2)}, r"lr: a tensor lr must hold one number, got shape \(2,\)"),
+        ({"momentum": -1.0}, "momentum: -1.0 is not"),
+        ({"weight_decay": math.nan}, "weight_decay: nan is not"),
+        ({"dampening": math.nan}, "dampening: nan is not"),
+        ({"nesterov": True}, "nesterov: it needs a momentum above 0"),
+        ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "dampening=0.1"),
+        ({"rho": -1.0}, "rho: -1.0 is not"),
+        ({"rho": math.nan}, "rho: nan is not"),
+        ({"metric": "canonical"}, "metric: unknown metric 'canonical'; choose from 'start', 'unit', 'embedded'"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else "-".join(x),
+)
+def test_wrong_options_are_named(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        FGSGD(pom_param_groups(tiny), **options)
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny):
+    with torch.no_grad():
+        tiny.conv.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"conv\.weight: the weight holds NaN"):
+        FGSGD(pom_param_groups(tiny))
+
+
+def test_constraining_twice_or_by_a_foreign_plan_is_refused(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny))
+    with pytest.raises(ValueError, match="already"):
+        optimizer.constrain(pom_param_groups(tiny).plan)
+    with pytest.raises(ValueError, match="plan: it knows none"):
+        FGSGD(tiny.parameters()).constrain(pom_param_groups(net()).plan)

@@ -1,0 +1,102 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lightning_fgsgd import FGSGD, pom_param_groups
+
+
+def test_groups_hold_every_trainable_parameter_once(tiny):
+    tiny.conv.weight.requires_grad_(False)
+    groups = pom_param_groups(tiny)
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held})
+    assert {id(p) for p in held} == {id(p) for p in tiny.parameters() if p.requires_grad}
+    assert tiny.conv.weight in groups.plan.weights  # frozen weights are planned for
+
+
+def test_every_other_parameter_has_a_reason(tiny):
+    plan = pom_param_groups(tiny, exclude=["up.*"]).plan
+    assert {p for p, w in plan.weights.items()}.isdisjoint(p for n, p in tiny.named_parameters() if n in plan.euclidean)
+    assert len(plan.weights) + len(plan.euclidean) == len(list(tiny.parameters()))
+    assert plan.euclidean["up.weight"] == "in exclude"
+    assert plan.euclidean["head.weight"] == "classifier head"
+    assert plan.euclidean["conv.bias"] == "not the weight of a Linear layer or a convolution"
+
+
+def test_the_head_rule_can_be_lifted(tiny):
+    assert tiny.head.weight in pom_param_groups(tiny, exclude=()).plan.weights
+    assert tiny.head.weight not in pom_param_groups(tiny, exclude=("conv.*",)).plan.weights
+
+
+def test_include_chooses(tiny):
+    plan = pom_param_groups(tiny, include=["depth*"]).plan
+    assert sorted(w.name for w in plan.weights.values()) == ["depthwise.weight"]
+
+
+def test_leaving_out_a_layer_does_not_change_the_others(tiny):
+    whole, part = (pom_param_groups(tiny, exclude=exclude).plan for exclude in (None, ["conv.weight"]))
+    for p, planned in part.weights.items():
+        assert torch.equal(planned.index_sets.group, whole.weights[p].index_sets.group)
+
+
+def test_tied_weights_are_constrained_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    groups = pom_param_groups(model)
+    assert len(groups[0]["params"]) == 1
+
+
+def test_weight_standardised_layers_are_left_out():
+    model = timm.create_model("resnetv2_50x1_bit", num_classes=3)
+    with pytest.raises(ValueError, match="its layer normalises the weight itself"):
+        pom_param_groups(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "mobilenetv3_small_050", "mixer_s32_224"]
+)
+def test_timm_families_are_constrained_mostly(name):
+    model = timm.create_model(name)
+    plan = pom_param_groups(model).plan
+    head = sum(p.numel() for p in model.get_classifier().parameters())
+    body = sum(p.numel() for p in model.parameters()) - head
+    assert sum(p.numel() for p in plan.weights) > 0.9 * body
+    FGSGD(pom_param_groups(model), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheme": "pxo"}, "scheme: unknown scheme 'pxo'; choose from 'pi', 'po', 'pio'"),
+        ({"manifolds": ["sphere", "torus"]}, "manifolds: unknown manifold 'torus'; choose from 'sphere'"),
+        ({"manifolds": []}, "manifolds: none given; give at least one of 'sphere'"),
+        ({"manifolds": "sphere"}, r"manifolds: 'sphere' is one string; give a list of names, \['sphere'\]"),
+        ({"manifolds": ["sphere", "sphere"]}, "names one twice"),
+        ({"start": "keep"}, "start: unknown start 'keep'; choose from 'preserve', 'project', 'random'"),
+        ({"cutting": "rows"}, "cutting: unknown cutting 'rows'; choose from 'kernel', 'filter'"),
+        ({"block_size": 0}, "block_size: 0 is not a whole number of at least 1"),
+        ({"block_size": 2.5}, "block_size: 2.5 is not"),
+        ({"groups": 0}, "groups: 0 is not a whole number of at least 1"),
+        (
+            {"groups": 25},
+            r"groups: 25 groups were asked for, .* has only 24 components; choose groups between 1 and 24",
+        ),
+        ({"groups": 7, "scheme": "pi"}, "groups: 7 groups were asked for.*'pi' has only 6"),
+        ({"seed": "a"}, "seed: 'a' is not a whole number"),
+        ({"include": ["conv9.*"]}, r"include: the pattern 'conv9.\*' matches no parameter; .* such as 'conv.weight'"),
+        ({"exclude": ["conv.*", "stem.*"]}, r"exclude: the pattern 'stem.\*' matches no parameter"),
+        ({"include": "conv.*"}, r"include: 'conv.\*' is one string"),
+        ({"include": ["*.bias"]}, "model: TinyNet has no weight to constrain"),
+        ({"include": ["head.*"]}, r"no weight to constrain .*classifier head.*exclude=\(\) includes"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else "-".join(x),
+)
+def test_wrong_settings_are_named_with_what_would_do(tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pom_param_groups(tiny, **settings)
+
+
+def test_a_model_with_nothing_to_constrain_is_refused():
+    with pytest.raises(ValueError, match="model: BatchNorm2d has no weight to constrain"):
+        pom_param_groups(nn.BatchNorm2d(3))

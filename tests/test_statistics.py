@@ -1,0 +1,70 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_fgsgd import FeatureStd
+
+
+@settings(deadline=None, max_examples=30)
+@given(cuts=st.lists(st.integers(0, 60), max_size=8), offset=st.sampled_from([0.0, 1.0, 1e4]))
+def test_any_split_into_batches_gives_the_deviation_of_all_at_once(cuts, offset):
+    x = torch.randn(60, 5, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x * torch.tensor([1.0, 0.1, 5.0, 1.0, 2.0], dtype=torch.float64).view(-1, 1, 1) + offset).float()
+    metric = FeatureStd(5)
+    edges = [0, *sorted(cuts), 60]
+    for a, b in pairwise(edges):
+        metric.update(x[a:b])
+    expected = x.double().transpose(0, 1).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_read_in_full(dtype):
+    x = (torch.randn(200, 4, 7, 7) + 3).to(dtype)
+    metric = FeatureStd(4)
+    for part in x.chunk(7):
+        metric.update(part)
+    torch.testing.assert_close(
+        metric.compute(), x.double().transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-6, atol=0
+    )
+
+
+def test_merging_two_metrics_equals_reading_both_streams():
+    x = torch.randn(40, 3, 5)
+    parts = [FeatureStd(3) for _ in range(3)]
+    for metric, part in zip(parts, x.split([7, 20, 13]), strict=True):
+        metric.update(part)
+    parts[0].merge_state(parts[1])
+    parts[0].merge_state(parts[2])
+    torch.testing.assert_close(parts[0].compute(), x.double().transpose(0, 1).flatten(1).std(1, correction=0))
+
+
+def test_channels_can_lie_last_and_be_pooled():
+    x = torch.randn(9, 4, 6)
+    last = FeatureStd(6)
+    last.update(x, dim=-1)
+    torch.testing.assert_close(last.compute(), x.double().flatten(0, 1).std(0, correction=0))
+    pooled = FeatureStd(6, pools=2)
+    pooled.update(x, dim=-1)
+    expected = torch.stack([x[..., :3].double().std(correction=0), x[..., 3:].double().std(correction=0)])
+    torch.testing.assert_close(pooled.compute(), expected)
+
+
+def test_reset_forgets_and_an_empty_batch_changes_nothing():
+    metric = FeatureStd(2)
+    metric.update(torch.randn(5, 2))
+    metric.reset()
+    x = torch.randn(8, 2)
+    metric.update(x)
+    metric.update(x[:0])
+    torch.testing.assert_close(metric.compute(), x.double().std(0, correction=0))
+
+
+def test_nothing_is_read_back_to_the_host_while_updating():
+    # The meta device has no values: a read would raise.
+    metric = FeatureStd(3).to("meta")
+    metric.update(torch.randn(4, 3, 5, 5, device="meta"))
+    assert metric.moments.device.type == "meta"
