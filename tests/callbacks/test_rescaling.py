@@ -1,0 +1,240 @@
+import itertools
+import logging
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_fgsgd import FGSGD, FeatureStdRescaling, POMGrouping, pom_param_groups
+from lightning_fgsgd.scaling import gamma
+from tests.lit import LitBase, LitTiny, loader, trainer
+
+
+class Frozen(LitTiny):
+    """Learning rate 0: the weights move by rescaling only, so what must come out can be computed by hand."""
+
+    def __init__(self):
+        super().__init__(lr=0.0, momentum=0.0)
+
+
+def first_layer_std():
+    return loader().dataset.tensors[0].double().transpose(0, 1).flatten(1).std(1, correction=0)
+
+
+def test_projected_manifolds_are_rescaled_to_gamma_over_lambda(tmp_path):
+    rescaling = FeatureStdRescaling(clamp=False, every_n_batches=1)
+    fit = trainer(tmp_path, POMGrouping(start="project"), rescaling, max_epochs=2)
+    module = Frozen()
+    fit.fit(module, loader())
+    (optimizer,) = fit.optimizers
+    p = module.model.conv.weight
+    pom = optimizer.poms[p]
+    expected = gamma(pom.cutting) / first_layer_std()[pom.cutting.input_channel()]  # per input channel
+    torch.testing.assert_close(pom.radius, expected.float())
+    assert optimizer.distance(p) < 1e-5
+    # The first epoch was at R = 1, the second at γ/λ.
+    conv = [row["layers"]["model.conv"] for row in rescaling.history]
+    assert (conv[0]["radius_min"], conv[0]["radius_max"]) == (1.0, 1.0)
+    assert conv[1]["radius"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert conv[0]["std"] == pytest.approx(first_layer_std().mean().item(), rel=1e-5)
+
+
+def test_a_block_has_one_lambda_over_its_fan_in(tmp_path):
+    seen = []
+
+    class Spy(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.model.linear.register_forward_hook(lambda m, x, y: seen.append(x[0].detach().clone()))
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    rescaling = FeatureStdRescaling(every_n_batches=1)
+    trainer(tmp_path, rescaling, Spy(), max_epochs=1).fit(Frozen(), loader())
+    expected = torch.cat(seen).double().std(correction=0).item()
+    assert rescaling.history[0]["layers"]["model.linear"]["std"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_preserved_manifolds_are_rescaled_by_the_ratio_of_lambdas(tmp_path):
+    class Louder(Callback):
+        """Twice as loud from the second epoch on."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.train_dataloader.dataset.tensors[0].mul_(2 if trainer.current_epoch == 1 else 1)
+
+    fit = trainer(tmp_path, Louder(), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    module = Frozen()
+    before = module.model.conv.weight.detach().clone()
+    fit.fit(module, loader())
+    torch.testing.assert_close(fit.optimizers[0].pom(module.model.conv.weight).radius, torch.full((24,), 0.5))
+    torch.testing.assert_close(module.model.conv.weight.detach(), before / 2)
+
+
+def test_what_was_validated_is_what_was_trained(tmp_path):
+    radii = []
+
+    class Validated(Frozen):
+        def validation_step(self, batch, batch_idx):
+            if not self.trainer.sanity_checking:
+                radii.append(self.trainer.optimizers[0].pom(self.model.conv.weight).radius.clone())
+
+    fit = trainer(tmp_path, POMGrouping(start="project"), FeatureStdRescaling(), max_epochs=1)
+    fit.fit(Validated(), loader(), loader(8))
+    assert len(radii) == 1
+    assert torch.equal(radii[0], torch.ones(24))
+    assert torch.equal(fit.optimizers[0].pom(fit.model.model.conv.weight).radius, torch.ones(24))
+
+
+def test_only_training_is_read(tmp_path):
+    # Validation images are a hundred times louder: reading them would show.
+    for every, read in ((1, 4), (3, 2)):
+        rescaling = FeatureStdRescaling(every_n_batches=every)
+        fit = trainer(tmp_path, rescaling, max_epochs=1, num_sanity_val_steps=2, val_check_interval=0.5)
+        counts = []
+
+        class Count(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, r=rescaling, c=counts):
+                c.append(r._metrics["model.conv"].moments[0, 0].item())
+
+        fit.callbacks.append(Count())
+        fit.fit(Frozen(), loader(), loader(8, scale=100.0))
+        assert counts[-1] == read * 8 * 36  # batches, images, pixels
+        assert rescaling.history[0]["layers"]["model.conv"]["std"] < 2
+
+
+@pytest.mark.parametrize("end", ["normal", "error", "interrupt", "stop"])
+def test_hooks_are_gone_whatever_ends_the_fit(tmp_path, end):
+    class Ending(LitTiny):
+        def training_step(self, batch, batch_idx):
+            assert self.model.conv._forward_hooks  # they are there in training
+            if end == "error" and batch_idx == 2:
+                raise RuntimeError("boom")
+            if end == "interrupt" and batch_idx == 2:
+                raise KeyboardInterrupt
+            if end == "stop":
+                self.trainer.should_stop = True
+            return super().training_step(batch, batch_idx)
+
+    module = Ending()
+    fit = trainer(tmp_path, FeatureStdRescaling(), max_epochs=1)
+    if end == "error":
+        with pytest.raises(RuntimeError, match="boom"):
+            fit.fit(module, loader())
+    elif end == "interrupt":
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit.fit(module, loader())
+    else:
+        fit.fit(module, loader())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_it_works_without_the_mixin_and_without_the_grouping_callback(tmp_path):
+    class Own(LitBase):
+        def configure_optimizers(self):
+            return FGSGD(pom_param_groups(self, start="project"), lr=0.1)
+
+    rescaling = FeatureStdRescaling()
+    trainer(tmp_path, rescaling, max_epochs=2).fit(Own(), loader())
+    assert len(rescaling.history) == 2
+    assert rescaling.history[1]["layers"]["model.conv"]["radius"] < 1
+
+
+def test_it_may_come_before_the_grouping_callback(tmp_path):
+    class Own(LitBase):
+        def configure_optimizers(self):
+            return FGSGD(self.parameters(), lr=0.1)
+
+    rescaling = FeatureStdRescaling()
+    trainer(tmp_path, rescaling, POMGrouping(), max_epochs=1).fit(Own(), loader())
+    assert len(rescaling.history[0]["layers"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda self: torch.optim.SGD(self.parameters(), lr=0.1), "returned SGD; inherit from FGSGDMixin"),
+        (
+            lambda self: FGSGD(self.parameters(), lr=0.1),
+            "no weight of the FGSGD is on a product .*; add POMGrouping",
+        ),
+        (lambda self: None, "returned no optimizer|returned _MockOptimizer"),
+    ],
+)
+def test_an_optimizer_without_manifolds_is_refused_before_training(tmp_path, make, message):
+    class Own(LitBase):
+        configure_optimizers = make
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training started")
+
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(tmp_path, FeatureStdRescaling()).fit(Own(), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": "he"}, "gamma: unknown reading 'he'"),
+        ({"every_n_batches": 0}, "every_n_batches: 0 is not"),
+        ({"limit": 0.5}, "limit: 0.5 is not"),
+    ],
+    ids=["gamma", "every", "limit"],
+)
+def test_wrong_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureStdRescaling(**options)
+
+
+def test_the_clamp_says_once_that_it_acts(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("pytorch_lightning").propagate = True
+        fit = trainer(tmp_path, POMGrouping(start="project"), FeatureStdRescaling(), max_epochs=4)
+        fit.fit(Frozen(), loader(scale=0.1))
+    assert sum("λ < 1 in" in record.getMessage() for record in caplog.records) == 1
+    pom = fit.optimizers[0].poms[fit.model.model.conv.weight]
+    torch.testing.assert_close(pom.radius, torch.full((24,), gamma(pom.cutting)))
+
+
+def test_a_layer_that_is_never_used_keeps_its_radius_and_is_named_once(tmp_path):
+    class Idle(LitTiny):
+        def __init__(self):
+            super().__init__()
+            self.idle = torch.nn.Linear(5, 4)
+
+    fit = trainer(tmp_path, POMGrouping(start="project"), FeatureStdRescaling(), max_epochs=3)
+    with pytest.warns(UserWarning, match=r"the input of idle was not seen .* its R stays") as record:
+        fit.fit(Idle(), loader())
+    assert sum("idle" in str(w.message) for w in record) == 1
+    radius = fit.optimizers[0].pom(fit.model.idle.weight).radius
+    assert torch.equal(radius, torch.ones_like(radius))
+
+
+@pytest.mark.parametrize("start", ["preserve", "project", "random"])
+def test_a_fit_stopped_after_an_epoch_and_resumed_ends_like_one_that_was_not(tmp_path, start):
+    def run(folder, max_epochs, ckpt_path=None):
+        torch.manual_seed(7)
+        checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        callbacks = POMGrouping(start=start, seed=4), FeatureStdRescaling(every_n_batches=2), checkpoint
+        fit = trainer(tmp_path, *callbacks, max_epochs=max_epochs, enable_checkpointing=True)
+        module = LitTiny()
+        fit.fit(module, loader(), ckpt_path=ckpt_path)
+        return fit, module
+
+    whole, module = run(tmp_path / "whole", 4)
+    run(tmp_path / "part", 2)
+    resumed, again = run(tmp_path / "part", 4, tmp_path / "part" / "epoch=1.ckpt")
+    for a, b in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    (mine,), (theirs,) = whole.optimizers, resumed.optimizers
+    for p, q in zip(mine.poms, theirs.poms, strict=True):
+        a, b = mine.pom(p), theirs.pom(q)
+        for x, y in itertools.chain(zip(a[:2], b[:2], strict=True), zip(a[3:6], b[3:6], strict=True)):
+            assert torch.equal(x, y)
+        assert torch.equal(mine.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
+    histories = [
+        next(c for c in fit.callbacks if isinstance(c, FeatureStdRescaling)).history for fit in (whole, resumed)
+    ]
+    assert histories[0] == histories[1]
+    assert torch.load(tmp_path / "part" / "epoch=1.ckpt", weights_only=True)

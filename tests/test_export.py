@@ -1,0 +1,39 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lightning_fgsgd import FGSGD, export_timm, pom_param_groups
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_exported_weights_load_into_timm_and_give_the_same_logits_to_the_last_bit(tmp_path, name, channels_last):
+    model = timm.create_model("mobilenetv3_small_050", num_classes=5)
+    optimizer = FGSGD(pom_param_groups(model, start="project"), lr=0.1, momentum=0.9)
+    x = torch.randn(4, 3, 64, 64)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    model(x).square().mean().backward()
+    optimizer.step()
+    path = export_timm(model, tmp_path / "new" / name)
+    loaded = timm.create_model("mobilenetv3_small_050", num_classes=5, checkpoint_path=str(path))
+    if channels_last:
+        loaded.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), loaded.eval()(x))
+
+
+def test_a_lightning_module_is_exported_by_its_model(tmp_path):
+    holder = nn.Module()
+    holder.net = timm.create_model("mobilenetv3_small_050", num_classes=5)
+    path = export_timm(holder, tmp_path / "w.safetensors", attribute="net")
+    state = timm.models.load_state_dict(str(path))
+    assert state.keys() == holder.net.state_dict().keys()
+
+
+def test_wrong_targets_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        export_timm(nn.Linear(2, 2), tmp_path / "weights.onnx")
+    with pytest.raises(ValueError, match="Linear is not a timm model, nor is its attribute 'model'"):
+        export_timm(nn.Linear(2, 2), tmp_path / "weights.pth")
