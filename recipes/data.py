@@ -83,7 +83,7 @@ class GrayImages(Dataset[tuple[Tensor, Tensor]]):
     """Grey images in memory, as bytes; each is brought to ``size`` and three channels when it is asked for."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, size: int) -> None:
-        self.images = torch.from_numpy(np.ascontiguousarray(images))
+        self.images = torch.from_numpy(images.copy())
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.size = size
 
@@ -212,10 +212,22 @@ class TimmData(ImageData):
         assert name is not None
         dataset = create_dataset(self.dataset, self.root, name, is_training=training, download=self.download)
         dataset.transform = transform
-        labels = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-        if labels is not None and len(labels) != self.num_classes:
+        reader = getattr(dataset, "reader", dataset)
+        classes = getattr(reader, "class_to_idx", None)
+        if classes and len(classes) != self.num_classes:
             raise ValueError(
-                f"data.num_classes: {self.num_classes} was given, but {self.root!r} has {len(labels)} classes"
+                f"data.num_classes: {self.num_classes} was given, but {self.root!r} has {len(classes)} classes"
+            )
+        if classes and split == "train":
+            self._classes = classes
+        elif classes and classes != self._classes:
+            raise ValueError(
+                f"data.{split}_split: {name!r} has other classes than {self.splits['train']!r} in {self.root!r}"
+            )
+        if self.dataset == "" and split != "train" and Path(reader.root) == Path(self.root):
+            # timm takes the folder itself where it finds none for the split: training images would be tested.
+            raise FileNotFoundError(
+                f"data.{split}_split: there is no folder {name!r} in {self.root!r}; name another, or null to do without"
             )
         return dataset
 

@@ -1,0 +1,147 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from recipes import finetune
+from tests.recipes.test_data import idx_folder, image_folder
+
+ROOT = Path(finetune.__file__).parent.parent
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+def run(*args, module="recipes.finetune"):
+    done = subprocess.run([sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def saved_in(folder):
+    return f"--trainer.logger.init_args.save_dir={folder}"
+
+
+@pytest.mark.slow
+def test_the_default_run_ends_on_the_manifolds_with_an_accuracy_of_97_percent(tmp_path):
+    text = run("fit", saved_in(tmp_path))
+    assert float(re.search(r"test accuracy\s+│ (\S+)", text)[1]) >= 0.97
+    assert float(re.search(r"largest relative distance\s+│ (\S+)", text)[1]) <= 1e-5
+    assert re.search(r"range of R\s+│ \S+ to \S+", text)
+    assert re.search(
+        r"conv_head\s+│ 1280x320x1x1\s+│ filter\s+│ 320 x 16\s+│\s+80 │\s+3 │ 2\d sphere, 2\d oblique, 2\d stiefel",
+        text,
+    )
+    folder = tmp_path / "digits" / "version_0"
+    plots = "learning_curve.png", "feature_std.png", "R.png"
+    for name in (*plots, "config.yaml", "model.safetensors", "checkpoints/last.ckpt"):
+        assert (folder / name).stat().st_size > 1000, name
+    assert list(folder.glob("events.out.tfevents.*"))
+
+    # Out the other side: a checkpoint exported by the command, and the weights that the run left, are plain timm weights.
+    exported = tmp_path / "exported.safetensors"
+    run(str(folder / "checkpoints" / "last.ckpt"), str(exported), module="recipes.export")
+    x = torch.randn(5, 3, 64, 64)
+    trained = finetune.LitClassifier.load_from_checkpoint(
+        folder / "checkpoints/last.ckpt", pretrained=False
+    ).model.eval()
+    for path in (exported, folder / "model.safetensors"):
+        plain = timm.create_model("tf_efficientnet_lite0", num_classes=10, checkpoint_path=str(path)).eval()
+        plain.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            assert torch.equal(plain(x), trained(x))
+
+
+@pytest.mark.slow
+def test_one_argument_gives_the_same_run_with_plain_sgd(tmp_path):
+    text = run("fit", "--model.optimizer", "sgd", "--trainer.max_epochs=1", saved_in(tmp_path))
+    assert re.search(r"optimizer\s+│ SGD", text)
+    assert "sphere" not in text
+    assert (tmp_path / "digits" / "version_0" / "learning_curve.png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_through_the_command_line(tmp_path):
+    small = "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"
+    run("fit", "--trainer.max_epochs=1", *small, saved_in(tmp_path))
+    last = tmp_path / "digits" / "version_0" / "checkpoints" / "last.ckpt"
+    run("fit", "--trainer.max_epochs=2", f"--ckpt_path={last}", *small, saved_in(tmp_path))
+    a, b = (torch.load(p, weights_only=True) for p in (last, tmp_path / "digits/version_1/checkpoints/last.ckpt"))
+    first, second = (s["optimizer_states"][0]["param_groups"][0]["pom"] for s in (a, b))
+    assert len(first) == 49
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x["group"], y["group"])
+        assert torch.equal(x["manifold"], y["manifold"])
+        for name in x["scale"]:
+            assert torch.equal(x["scale"][name], y["scale"][name])
+    other = "--model.model=resnet10t", "--model.pretrained=false", "--model.model_args=null"
+    with pytest.raises(AssertionError, match="model='tf_efficientnet_lite0', this run has model='resnet10t'"):
+        run("fit", *other, f"--ckpt_path={last}", saved_in(tmp_path))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_accepted_and_pretrained(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(["fit", "--config", str(config), "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    if config.stem != "digits":
+        assert "pretrained: true" in printed
+    assert "lightning_fgsgd.POMGrouping" in printed
+    assert "lightning_fgsgd.FeatureStdRescaling" in printed
+
+
+@pytest.mark.parametrize("config", ["fashion_mnist", "image_folder"])
+def test_ready_configs_train_on_real_files(tmp_path, config):
+    data = tmp_path / "data"
+    data.mkdir()
+    root = idx_folder(data) if config == "fashion_mnist" else image_folder(data)
+    classes = [] if config == "fashion_mnist" else ["--data.num_classes=3"]
+    cli = finetune.main(
+        [
+            "fit",
+            "--config",
+            str(ROOT / "recipes" / "configs" / f"{config}.yaml"),
+            f"--data.root={root}",
+            *classes,
+            "--data.batch_size=8",
+            "--data.image_size=32",
+            "--data.num_workers=0",
+            "--model.model=resnet10t",
+            "--model.pretrained=false",
+            "--trainer.max_epochs=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.limit_train_batches=2",
+            "--trainer.limit_val_batches=1",
+            saved_in(tmp_path / "runs"),
+        ]
+    )
+    optimizer = cli.trainer.optimizers[0]
+    assert len(optimizer.poms) == 16
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.lr=-1"], "lr: -1.0 is not a finite number of at least 0"),
+        (["--model.lr=.nan"], "lr: nan is not"),
+        (["--model.metric=other"], "metric: unknown metric 'other'"),
+        (["--data=IDXFolder", "--data.root=/nowhere"], "data.root: there is no folder '/nowhere'"),
+    ],
+    ids=["negative lr", "nan lr", "metric", "folder"],
+)
+def test_wrong_input_stops_the_command_before_training(tmp_path, args, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.finetune", "fit", saved_in(tmp_path), *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert message in re.sub(r"\s+", " ", done.stdout + done.stderr)
+    assert "Epoch 0" not in done.stdout

