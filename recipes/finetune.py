@@ -35,6 +35,20 @@ class FinetuneCLI(LightningCLI):
         """The data knows the number of classes."""
         parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Remember which architecture was asked for: Lightning lets a checkpoint's hyperparameters replace it."""
+        super().parse_arguments(parser, args)
+        self.asked = self.config[self.config["subcommand"]]["model"]["model"]
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint of another architecture."""
+        found = self.config[self.config["subcommand"]]["model"]["model"]
+        if found != self.asked:
+            raise ValueError(
+                f"ckpt_path: the checkpoint was made with model={found!r}, this run has model={self.asked!r}; "
+                f"give --model.model {found} or another checkpoint"
+            )
+
     def before_fit(self) -> None:
         """Plain SGD has no manifolds: our callbacks are dropped. The learning curve is always kept."""
         self.curve = LearningCurve()

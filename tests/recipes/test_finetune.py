@@ -120,7 +120,7 @@ def test_ready_configs_train_on_real_files(tmp_path, config):
         ]
     )
     optimizer = cli.trainer.optimizers[0]
-    assert len(optimizer.poms) == 16
+    assert len(optimizer.poms) == 14  # stem 3, blocks 8, downsampling 3
     assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
 
 
