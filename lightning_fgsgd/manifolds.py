@@ -190,12 +190,11 @@ class Stiefel(Manifold):
         return g - q @ ((qtg + qtg.mT) / 2)
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
-        # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are 0 outside the range of the scale and at least
-        # 1 inside it, so that 1/4 tells the two apart however large the step.
+        # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however large
+        # the step. Outside the range q + h is zero, so any finite root does there.
         v = q + h
         eigenvalues, vectors = torch.linalg.eigh(v.mT @ v)
-        root = torch.where(eigenvalues > 0.25, eigenvalues.clamp_min(0.25).rsqrt(), torch.zeros_like(eigenvalues))
-        return v @ (vectors * root[..., None, :]) @ vectors.mT
+        return v @ (vectors * eigenvalues.clamp_min(0.25).rsqrt()[..., None, :]) @ vectors.mT
 
     def fixed(self, omega: Tensor) -> Tensor:  # noqa: D102
         return (omega.mT @ omega).flatten(-2)

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fgsgd import FGSGD
+from lightning_fgsgd import FGSGD, FeatureStdRescaling
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -29,10 +29,7 @@ def test_the_lightning_code_runs_as_it_stands(tmp_path, monkeypatch):
     (optimizer,) = trainer.optimizers
     assert len(optimizer.poms) == 20
     assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
-    assert any(
-        callback.__class__.__name__ == "FeatureStdRescaling" and len(callback.history) == 10
-        for callback in trainer.callbacks
-    )
+    assert [len(c.history) for c in trainer.callbacks if isinstance(c, FeatureStdRescaling)] == [10]
 
 
 def test_the_plain_pytorch_code_runs_as_it_stands():
