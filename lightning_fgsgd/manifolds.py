@@ -190,8 +190,8 @@ class Stiefel(Manifold):
         return g - q @ ((qtg + qtg.mT) / 2)
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
-        # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however large
-        # the step. Outside the range q + h is zero, so any finite root does there.
+        # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however
+        # large the step. Outside the range q + h is zero, so any finite root does there.
         v = q + h
         eigenvalues, vectors = torch.linalg.eigh(v.mT @ v)
         return v @ (vectors * eigenvalues.clamp_min(0.25).rsqrt()[..., None, :]) @ vectors.mT
