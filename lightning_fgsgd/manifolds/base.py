@@ -1,0 +1,133 @@
+"""What every manifold offers, and the helpers that they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Manifold"]
+
+
+class Manifold(ABC):
+    """A unit manifold of n x p matrices, with the Euclidean metric of the space around it.
+
+    Attributes:
+        name: the name by which users choose it.
+        curvature: bounds (lower, upper) of the sectional curvature. Eq. 5 of the paper uses the upper one. The paper's
+            Remark 2 takes 0 for the lower bound of a product; with the Euclidean metric, Stiefel's is −1/2.
+    """
+
+    name: str
+    curvature: tuple[float, float]
+
+    @abstractmethod
+    def dim(self, n: int, p: int) -> int:
+        """Dimension of the manifold of n x p matrices."""
+
+    @abstractmethod
+    def project(self, v: Tensor) -> Tensor:
+        """Nearest point of the unit manifold to ``v`` (..., n, p).
+
+        Where there are several (a zero matrix or column), one is chosen that does not depend on chance.
+        """
+
+    @abstractmethod
+    def tangent(self, q: Tensor, g: Tensor) -> Tensor:
+        """Orthogonal projection of ``g`` (..., n, p) on the tangent space at the unit point ``q``."""
+
+    @abstractmethod
+    def retract(self, q: Tensor, h: Tensor) -> Tensor:
+        """Unit point reached from ``q`` along the tangent vector ``h`` (..., n, p); zero parts of ``q`` stay zero."""
+
+    @abstractmethod
+    def exp(self, q: Tensor, h: Tensor) -> Tensor:
+        """Exponential map: the end of the geodesic that leaves ``q`` with velocity ``h`` after unit time."""
+
+    @abstractmethod
+    def dist(self, a: Tensor, b: Tensor) -> Tensor:
+        """Geodesic distance between unit points, (...)."""
+
+    def inner(self, u: Tensor, v: Tensor) -> Tensor:
+        """Inner product of tangent vectors at one point: that of the space around the manifold, (...)."""
+        return (u * v).sum((-2, -1))
+
+    def norm(self, u: Tensor) -> Tensor:
+        """Norm of a tangent vector, (...)."""
+        return norm(u, (-2, -1))[..., 0, 0]
+
+    def residual(self, q: Tensor) -> Tensor:
+        """How far ``q`` is from the constraint: ‖fixed part of qᵀq − its target‖_F / ‖target‖_F, (...)."""
+        target = self.target(self.unit_scale(q))
+        return (self.fixed(q) - target).norm(dim=-1) / target.norm(dim=-1).clamp_min(1e-30)
+
+    def transport(self, q_new: Tensor, h: Tensor) -> Tensor:
+        """Move a tangent vector to ``q_new`` by projecting it there, as geoopt does."""
+        return self.tangent(q_new, h)
+
+    def random(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Points drawn uniformly on the unit manifold: the projection of a Gaussian matrix is uniform on all three."""
+        return self.project(torch.randn(*shape, generator=generator, dtype=dtype))
+
+    @abstractmethod
+    def fixed(self, omega: Tensor) -> Tensor:
+        """The part of ωᵀω that the manifold fixes, flattened to (..., f); f is 1, p or p²."""
+
+    @abstractmethod
+    def root(self, omega: Tensor) -> Tensor:
+        """The scale S for which ``omega`` (..., n, p) itself lies on the scaled manifold {q · S}.
+
+        Compact: (..., 1, 1) for Sphere, (..., 1, p) for Oblique, the symmetric (..., p, p) for Stiefel.
+        """
+
+    def unit_scale(self, omega: Tensor) -> Tensor:
+        """The compact scale that is the identity, for components like ``omega``."""
+        return omega.new_ones(()).expand(*omega.shape[:-2], 1, 1)
+
+    def scaled(self, q: Tensor, s: Tensor) -> Tensor:
+        """The product q · S; S is symmetric, so this is also the map G -> G · Sᵀ of gradients."""
+        return q * s
+
+    def inverse(self, s: Tensor) -> Tensor:
+        """Pseudo-inverse of a compact scale: parts that are zero stay zero."""
+        return torch.where(s > 0, 1 / s, torch.zeros_like(s))
+
+    @abstractmethod
+    def target(self, s: Tensor) -> Tensor:
+        """What :meth:`fixed` gives for every point of {q · S}: (..., f)."""
+
+    @abstractmethod
+    def mean_square(self, s: Tensor) -> Tensor:
+        """Mean of S² over the batch: how much larger than the unit manifold {q · S} is, squared."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the widest precision of its device: for what is computed once, and for measuring."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def norm(v: Tensor, dims: Sequence[int]) -> Tensor:
+    """Euclidean norm over ``dims``, which are kept, without overflow or underflow of the squares."""
+    largest = v.abs().amax(tuple(dims), keepdim=True)
+    return largest * torch.linalg.vector_norm(divide(v, largest), dim=tuple(dims), keepdim=True)
+
+
+def divide(v: Tensor, length: Tensor) -> Tensor:
+    """``v / length``, and zero where the length is zero."""
+    return v / torch.where(length == 0, torch.ones_like(length), length)
+
+
+def angle(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
+    """Angle between unit vectors, accurate also where it is small or close to π (Kahan)."""
+    apart, together = norm(a - b, dims), norm(a + b, dims)
+    return 2 * torch.atan2(apart, together)
+
+
+def sinc(x: Tensor) -> Tensor:
+    """sin(x) / x, and 1 at 0."""
+    return torch.sinc(x / torch.pi)

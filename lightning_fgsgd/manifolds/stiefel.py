@@ -1,0 +1,125 @@
+"""The Stiefel manifold: matrices with orthonormal columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_fgsgd.manifolds.base import Manifold, divide, norm, wide
+
+__all__ = ["Stiefel"]
+
+
+class Stiefel(Manifold):
+    """Matrices with orthonormal columns, qᵀq = I, with the Euclidean metric; the retraction is the polar factor.
+
+    The curvature bounds are those of Zimmermann and Stoye (arXiv 2403.01879).
+
+    A scale S = (ωᵀω)^(1/2) can be singular: {ω : ωᵀω = P} is then {q · S} with q a *partial isometry*, whose qᵀq is the
+    projection on the range of S, that is a smaller Stiefel manifold. Singular values below √eps of the largest (so
+    eigenvalues of P below eps of the largest: P is singular in the weight's own precision) count as zero. Every
+    operation here keeps to that range.
+    """
+
+    name = "stiefel"
+    curvature = (-0.5, 1.0)
+
+    def dim(self, n: int, p: int) -> int:  # noqa: D102
+        return n * p - p * (p + 1) // 2
+
+    def project(self, v: Tensor) -> Tensor:  # noqa: D102
+        u, _, vh = torch.linalg.svd(v, full_matrices=False)
+        return u @ vh
+
+    def tangent(self, q: Tensor, g: Tensor) -> Tensor:  # noqa: D102
+        qtg = q.mT @ g
+        return g - q @ ((qtg + qtg.mT) / 2)
+
+    def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
+        # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however
+        # large the step. Outside the range q + h is zero, so any finite root does there.
+        v = q + h
+        eigenvalues, vectors = torch.linalg.eigh(v.mT @ v)
+        return v @ (vectors * eigenvalues.clamp_min(0.25).rsqrt()[..., None, :]) @ vectors.mT
+
+    def retract_qr(self, q: Tensor, h: Tensor) -> Tensor:
+        """The other retraction: the Q factor of q + h, with a positive diagonal of R. For regular points only.
+
+        It agrees with the exponential map to second order only, the polar factor to third.
+        """
+        factor, r = torch.linalg.qr(q + h)
+        sign = r.diagonal(dim1=-2, dim2=-1).sign()
+        return factor * torch.where(sign == 0, torch.ones_like(sign), sign)[..., None, :]
+
+    def exp(self, q: Tensor, h: Tensor) -> Tensor:
+        """Exponential map of the Euclidean metric (Edelman, Arias and Smith 1998, Eq. 2.2.2)."""
+        p = q.shape[-1]
+        a, s = q.mT @ h, h.mT @ h
+        identity = torch.eye(p, dtype=q.dtype, device=q.device).expand_as(a)
+        block = torch.cat([torch.cat([a, -s], -1), torch.cat([identity, a], -1)], -2)
+        return torch.cat([q, h], -1) @ torch.linalg.matrix_exp(block)[..., :, :p] @ torch.linalg.matrix_exp(-a)
+
+    def dist(self, a: Tensor, b: Tensor) -> Tensor:
+        """Length of the geodesic from ``a`` to ``b`` found by :meth:`log`; NaN where it finds none.
+
+        It is the distance where the two are within the injectivity radius, 0.89 π (Zimmermann and Stoye), and an upper bound
+        beyond. In any case the distance is at least ‖a − b‖_F, which is what :meth:`chord` gives.
+        """
+        h = self.log(a, b)
+        error = (self.exp(a, h) - b).norm(dim=(-2, -1))
+        found = error <= 1e-3 * torch.finfo(a.dtype).eps ** 0.5 * b.shape[-1]
+        return torch.where(found, h.norm(dim=(-2, -1)), torch.full_like(error, torch.nan))
+
+    def chord(self, a: Tensor, b: Tensor) -> Tensor:
+        """‖a − b‖_F, a lower bound of the distance."""
+        return (a - b).norm(dim=(-2, -1))
+
+    def log(self, a: Tensor, b: Tensor, steps: int = 60, stages: int = 6) -> Tensor:
+        """Tangent vector at ``a`` whose geodesic ends at ``b``, by shooting (Bryner 2017).
+
+        The miss at the end is carried back along the geodesic in ``stages`` projections that keep its length, and added.
+        Converges for points that are not too far apart; check with :meth:`exp`.
+        """
+        h = self.tangent(a, b - a)
+        h = divide(h, norm(h, (-2, -1))) * self.chord(a, b)[..., None, None]
+        for _ in range(steps):
+            miss = b - self.exp(a, h)
+            length = norm(miss, (-2, -1))
+            for stage in range(stages, -1, -1):
+                miss = self.tangent(self.exp(a, h * (stage / stages)), miss)
+                miss = divide(miss, norm(miss, (-2, -1))) * length
+            h = h + miss
+        return h
+
+    def fixed(self, omega: Tensor) -> Tensor:  # noqa: D102
+        return (omega.mT @ omega).flatten(-2)
+
+    def root(self, omega: Tensor) -> Tensor:  # noqa: D102
+        _, sigma, vh = torch.linalg.svd(wide(omega), full_matrices=False)
+        sigma = torch.where(_regular(sigma, omega.dtype), sigma, torch.zeros_like(sigma))
+        return ((vh.mT * sigma[..., None, :]) @ vh).to(omega.dtype)
+
+    def unit_scale(self, omega: Tensor) -> Tensor:  # noqa: D102
+        p = omega.shape[-1]
+        return torch.eye(p, dtype=omega.dtype, device=omega.device).expand(*omega.shape[:-2], p, p)
+
+    def scaled(self, q: Tensor, s: Tensor) -> Tensor:  # noqa: D102
+        return q @ s
+
+    def inverse(self, s: Tensor) -> Tensor:  # noqa: D102
+        sigma, vectors = torch.linalg.eigh(wide(s))
+        # Half the tolerance of `root`: rounding to the weight's precision must not drop a direction that it kept.
+        regular = _regular(sigma, s.dtype, 0.5)
+        inverse = torch.where(regular, 1 / sigma, torch.zeros_like(sigma))
+        return ((vectors * inverse[..., None, :]) @ vectors.mT).to(s.dtype)
+
+    def target(self, s: Tensor) -> Tensor:  # noqa: D102
+        return (s.mT @ s).flatten(-2)
+
+    def mean_square(self, s: Tensor) -> Tensor:  # noqa: D102
+        return s.square().sum((-2, -1)).mean() / s.shape[-1]
+
+
+def _regular(sigma: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """Which singular values count as non-zero in a weight of this precision."""
+    return sigma > factor * torch.finfo(dtype).eps ** 0.5 * sigma.amax(-1, keepdim=True)
