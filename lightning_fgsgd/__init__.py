@@ -9,6 +9,7 @@ from lightning_fgsgd.export import export_timm
 from lightning_fgsgd.module import FGSGDMixin
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.plan import pom_param_groups
+from lightning_fgsgd.schedules import RobbinsMonroLR, check_step_sizes
 from lightning_fgsgd.statistics import FeatureStd
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "FeatureStdRescaling",
     "NormBoundMonitor",
     "POMGrouping",
+    "RobbinsMonroLR",
     "__version__",
+    "check_step_sizes",
     "export_timm",
     "pom_param_groups",
 ]
