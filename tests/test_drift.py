@@ -1,0 +1,23 @@
+"""Weights do not leave their manifolds in long runs. Nothing re-projects them now and then: every retraction ends there."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fgsgd import FGSGD, pom_param_groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["preserve", "project"])
+@pytest.mark.parametrize(("dtype", "steps", "bound"), [(torch.float32, 100_000, 1e-5), (torch.bfloat16, 10_000, 0.02)])
+def test_no_drift_in_a_long_run(dtype, steps, bound, start):
+    # bfloat16 has 8 bits: a weight that is rounded to it is 2^-8 away at once, and stays so.
+    model = nn.Conv2d(4, 9, 3, bias=False).to(dtype)
+    optimizer = FGSGD(pom_param_groups(model, start=start), lr=0.3, momentum=0.9)
+    worst = 0.0
+    for step in range(steps):
+        model.weight.grad = torch.randn_like(model.weight)
+        optimizer.step()
+        if step % 500 == 499:
+            worst = max(worst, optimizer.distance(model.weight))
+    assert worst <= bound
