@@ -72,6 +72,7 @@ class FeatureStdRescaling(Callback):
         self._handles: list[Any] = []
         self._reading = False
         self._said: set[str] = set()
+        self._restored = False
         # By layer: λ of the first epoch and of the last one, per component; moments of the epoch under way, when resumed;
         # pixels of the output feature map.
         self._first: dict[str, Tensor] = {}
@@ -89,6 +90,10 @@ class FeatureStdRescaling(Callback):
                 "inherit from FGSGDMixin, return an FGSGD, or leave this callback out"
             )
         self._said.clear()
+        if not self._restored:  # a fit of its own: what an earlier one gathered belongs to other manifolds
+            for gathered in (self._metrics, self._first, self._last, self._resumed, self._feature_map, self.history):
+                gathered.clear()
+        self._restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # Not in on_fit_start: POMGrouping may come after this callback and constrain there.
@@ -243,6 +248,7 @@ class FeatureStdRescaling(Callback):
         self._feature_map = dict(state_dict["feature_map"])
         self.history = list(state_dict["history"])
         self._metrics.clear()
+        self._restored = True
 
 
 def _poms(optimizer: Any) -> Mapping[Tensor, POM]:

@@ -238,3 +238,13 @@ def test_a_fit_stopped_after_an_epoch_and_resumed_ends_like_one_that_was_not(tmp
     ]
     assert histories[0] == histories[1]
     assert torch.load(tmp_path / "part" / "epoch=1.ckpt", weights_only=True)
+
+
+def test_a_second_fit_starts_anew(tmp_path):
+    rescaling, module = FeatureStdRescaling(every_n_batches=1), Frozen()
+    trainer(tmp_path, rescaling, max_epochs=2).fit(module, loader())
+    again = trainer(tmp_path, rescaling, max_epochs=2)
+    again.fit(module, loader(scale=3.0))  # λ is three times larger, but so is λ¹
+    assert len(rescaling.history) == 2
+    radius = again.optimizers[0].pom(module.model.conv.weight).radius
+    torch.testing.assert_close(radius, torch.ones_like(radius))
