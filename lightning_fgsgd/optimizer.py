@@ -285,12 +285,15 @@ class FGSGD(torch.optim.Optimizer):
                 "state_dict: it holds no products of manifolds, so another optimizer saved it; "
                 "load it into FGSGD(model.parameters()), then call constrain(pom_param_groups(model).plan)"
             )
-        poms = {}
+        poms: dict[Tensor, POM] = {}
+        replaced = []
         for group, states in zip(self.param_groups, described, strict=True):
             for p, state in zip(group["params"], states or [None] * len(group["params"]), strict=True):
                 mine = self._poms.get(p)
                 if state is not None:
                     poms[p] = self._matched(p, mine, state)
+                    if mine is not None and not poms[p].same_constraints(mine):
+                        replaced.append(poms[p].name)
                 elif mine is not None:
                     raise ValueError(f"state_dict: {mine.name} is constrained here but was not when it was saved")
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
@@ -300,6 +303,12 @@ class FGSGD(torch.optim.Optimizer):
                 p.detach().copy_(before)
         self._unplaced.clear()
         self._poms = poms
+        if replaced:
+            warnings.warn(
+                f"FGSGD: the manifolds, groups or start of {len(replaced)} weights ({replaced[0]} first) are those of the "
+                "checkpoint, and not those asked for here; to change them, load the model's weights only",
+                stacklevel=2,
+            )
 
     def _matched(self, p: Tensor, mine: POM | None, state: dict[str, Any]) -> POM:
         if mine is None:

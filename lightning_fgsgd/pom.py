@@ -235,6 +235,16 @@ class POM:
             self.start,
         )
 
+    def same_constraints(self, other: POM) -> bool:
+        """Whether the components of ``other`` fall in the same groups on the same manifolds, and started alike."""
+        mine, theirs = self.sets, other.sets
+        return (
+            self.start == other.start
+            and mine.manifold_names == theirs.manifold_names
+            and torch.equal(mine.manifold, theirs.manifold)
+            and torch.equal(mine.group, theirs.group)
+        )
+
     def zero_components(self) -> int:
         """Number of components whose scale is zero: they have no direction, and stay where they are."""
         return sum(int((part.scale.flatten(1) == 0).all(1).sum()) for part in self.parts)
