@@ -1,13 +1,15 @@
-"""Norms of components and groups, beside the entries of the paper's Table 2."""
+"""Norms of components and groups, the entries of the paper's Table 2, and the generalisation bounds of its Table 1."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Norms", "component_norms", "group_norms", "table2"]
+__all__ = ["LogBounds", "Norms", "component_norms", "group_norms", "table1", "table2"]
 
 
 class Norms(NamedTuple):
@@ -51,3 +53,48 @@ def table2(manifold: str, p: int) -> tuple[float | None, float, float]:
     if manifold not in entries:
         raise ValueError(f"manifold: Table 2 has no entry for {manifold!r}; it has {', '.join(map(repr, entries))}")
     return entries[manifold]
+
+
+class LogBounds(NamedTuple):
+    """Natural logarithms of the bounds of Table 1, up to their constants and logarithmic factors."""
+
+    neyshabur2015: float
+    bartlett2017: float
+    neyshabur2018: float
+
+
+def table1(layers: Sequence[Norms], samples: int, width: int) -> LogBounds:
+    r"""The three bounds of Table 1, with dynamic group scaling, for a network whose layers have these group norms.
+
+    With δ the norms of the groups g of layer l, L layers and N samples:
+
+    .. math::
+        \frac{2^L}{\sqrt N} \prod_l \prod_g δ_{g,l,F}, \qquad
+        \frac{1}{\sqrt N} \prod_l \prod_g δ_{g,l,2}
+        \Big(\sum_l \prod_g \big(\tfrac{δ_{g,l,2→1}}{δ_{g,l,2}}\big)^{2/3}\Big)^{3/2}, \qquad
+        \frac{1}{\sqrt N} \prod_l \prod_g δ_{g,l,2} \sqrt{L^2 ϖ \sum_l \prod_g \tfrac{δ_{g,l,F}^2}{δ_{g,l,2}^2}}
+
+    In logarithms, because products over the groups of all layers overflow.
+
+    Args:
+        layers: norms of the groups of each layer, each (G_l,).
+        samples: N, training samples.
+        width: ϖ, the width that the third bound takes for all layers.
+
+    Raises:
+        ValueError: no layer, or samples or width below 1.
+    """
+    if not layers or samples < 1 or width < 1:
+        raise ValueError(f"layers, samples, width: need at least one of each, got {len(layers)}, {samples}, {width}")
+    depth = len(layers)
+    spectral = torch.stack([n.spectral.log().sum() for n in layers])
+    frobenius = torch.stack([n.frobenius.log().sum() for n in layers])
+    l21 = torch.stack([n.l21.log().sum() for n in layers])
+    root = -0.5 * math.log(samples)
+    return LogBounds(
+        root + depth * math.log(2) + float(frobenius.sum()),
+        root + float(spectral.sum() + 1.5 * ((l21 - spectral) * 2 / 3).logsumexp(0)),
+        root
+        + float(spectral.sum() + 0.5 * (2 * (frobenius - spectral)).logsumexp(0))
+        + 0.5 * math.log(depth**2 * width),
+    )
