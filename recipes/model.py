@@ -11,6 +11,7 @@ from pytorch_lightning import LightningModule
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fgsgd import FGSGDMixin
@@ -30,6 +31,8 @@ class LitClassifier(FGSGDMixin, LightningModule):
         lr, momentum, weight_decay, nesterov: of either optimizer; the learning rate falls along a half cosine.
         rho, metric: of FGSGD.
         label_smoothing: of the cross entropy, in [0, 1).
+        bn_momentum: momentum of the running statistics of batch norm, if not the model's own; 0.1 suits short runs of models from
+            TensorFlow, which have 0.01.
         channels_last: memory layout, the faster one for most convolutional networks.
         model_args: further arguments of ``timm.create_model``.
     """
@@ -50,6 +53,7 @@ class LitClassifier(FGSGDMixin, LightningModule):
         rho: float | None = 1.0,
         metric: str = "start",
         label_smoothing: float = 0.0,
+        bn_momentum: float | None = None,
         channels_last: bool = True,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -59,6 +63,9 @@ class LitClassifier(FGSGDMixin, LightningModule):
         if isinstance(pretrained, str):
             load_weights(net, pretrained)
         net.reset_classifier(num_classes)
+        if bn_momentum is not None:
+            for norm in (m for m in net.modules() if isinstance(m, _BatchNorm)):
+                norm.momentum = bn_momentum
         self.model = net.to(memory_format=torch.channels_last) if channels_last else net
         config = resolve_model_data_config(self.model)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1), persistent=False)

@@ -76,7 +76,7 @@ def test_a_run_is_resumed_through_the_command_line(tmp_path):
         assert torch.equal(x["manifold"], y["manifold"])
         for name in x["scale"]:
             assert torch.equal(x["scale"][name], y["scale"][name])
-    other = "--model.model=resnet10t", "--model.pretrained=false", "--model.model_args=null"
+    other = "--model.model=resnet10t", "--model.pretrained=false"
     with pytest.raises(AssertionError, match="model='tf_efficientnet_lite0', this run has model='resnet10t'"):
         run("fit", *other, f"--ckpt_path={last}", saved_in(tmp_path))
 

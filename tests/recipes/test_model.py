@@ -45,7 +45,7 @@ class BeforeFirstStep(Callback):
 
 
 def test_before_the_first_step_preserve_computes_what_the_pretrained_network_computes(tmp_path, pretrained, photos):
-    module = LitClassifier(pretrained=PACKAGED_WEIGHTS, model_args={"bn_momentum": 0.1})
+    module = LitClassifier(pretrained=PACKAGED_WEIGHTS, bn_momentum=0.1)
     watch = BeforeFirstStep(photos)
     fit = trainer(
         tmp_path, POMGrouping(start="preserve"), watch, max_epochs=1, limit_train_batches=1, limit_val_batches=0
