@@ -31,8 +31,8 @@ class LitClassifier(FGSGDMixin, LightningModule):
         lr, momentum, weight_decay, nesterov: of either optimizer; the learning rate falls along a half cosine.
         rho, metric: of FGSGD.
         label_smoothing: of the cross entropy, in [0, 1).
-        bn_momentum: momentum of the running statistics of batch norm, if not the model's own; 0.1 suits short runs of models from
-            TensorFlow, which have 0.01.
+        bn_momentum: momentum of the running statistics of batch norm, if not the model's own; 0.1 suits short
+            runs of models from TensorFlow, which have 0.01.
         channels_last: memory layout, the faster one for most convolutional networks.
         model_args: further arguments of ``timm.create_model``.
     """
