@@ -14,6 +14,9 @@ __all__ = ["Manifold"]
 class Manifold(ABC):
     """A unit manifold of n x p matrices, with the Euclidean metric of the space around it.
 
+    Every operation works matrix by matrix: one that holds NaN or infinite values gives a result that is not finite, raises
+    nothing, and does not touch the others of its batch.
+
     Attributes:
         name: the name by which users choose it.
         curvature: bounds (lower, upper) of the sectional curvature. Eq. 5 of the paper uses the upper one. The paper's
@@ -92,7 +95,7 @@ class Manifold(ABC):
 
     def inverse(self, s: Tensor) -> Tensor:
         """Pseudo-inverse of a compact scale: parts that are zero stay zero."""
-        return torch.where(s > 0, 1 / s, torch.zeros_like(s))
+        return torch.where(s == 0, torch.zeros_like(s), 1 / s)
 
     @abstractmethod
     def target(self, s: Tensor) -> Tensor:
@@ -117,9 +120,20 @@ def norm(v: Tensor, dims: Sequence[int]) -> Tensor:
     return largest * torch.linalg.vector_norm(divide(v, largest), dim=tuple(dims), keepdim=True)
 
 
+def unit(v: Tensor, dims: Sequence[int]) -> Tensor:
+    """``v`` divided by its norm over ``dims``, at any scale; zero where that is zero."""
+    v = divide(v, v.abs().amax(tuple(dims), keepdim=True))
+    return divide(v, torch.linalg.vector_norm(v, dim=tuple(dims), keepdim=True))
+
+
 def divide(v: Tensor, length: Tensor) -> Tensor:
     """``v / length``, and zero where the length is zero."""
     return v / torch.where(length == 0, torch.ones_like(length), length)
+
+
+def finite(v: Tensor) -> Tensor:
+    """Which matrices hold finite values only, (..., 1, 1)."""
+    return torch.isfinite(v).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
 def angle(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:

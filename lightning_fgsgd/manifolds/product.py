@@ -52,6 +52,18 @@ class Product:
         """Retraction, factor by factor (lines 7 and 8)."""
         return [m.retract(x, y) for m, x, y in zip(self.factors, q, h, strict=True)]
 
+    def exp(self, q: Sequence[Tensor], h: Sequence[Tensor]) -> list[Tensor]:
+        """Exponential map: a geodesic of a product is one in every factor."""
+        return [m.exp(x, y) for m, x, y in zip(self.factors, q, h, strict=True)]
+
+    def transport(self, q_new: Sequence[Tensor], h: Sequence[Tensor]) -> list[Tensor]:
+        """Transport by projection, factor by factor."""
+        return [m.transport(x, y) for m, x, y in zip(self.factors, q_new, h, strict=True)]
+
+    def project(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """Nearest point, factor by factor."""
+        return [m.project(x) for m, x in zip(self.factors, v, strict=True)]
+
     def inner(self, u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
         """Inner product: the sum of the factors'."""
         return torch.stack([m.inner(x, y) for m, x, y in zip(self.factors, u, v, strict=True)]).sum(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.manifolds.base import Manifold, angle, divide, norm, sinc
+from lightning_fgsgd.manifolds.base import Manifold, angle, norm, sinc, unit
 
 __all__ = ["Sphere"]
 
@@ -21,15 +21,14 @@ class Sphere(Manifold):
 
     def project(self, v: Tensor) -> Tensor:  # noqa: D102
         frame = torch.eye(v.shape[-2], v.shape[-1], dtype=v.dtype, device=v.device) / v.shape[-1] ** 0.5
-        length = norm(v, (-2, -1))
-        return torch.where(length > 0, divide(v, length), frame)
+        zero = (v == 0).all(-2, keepdim=True).all(-1, keepdim=True)
+        return torch.where(zero, frame, unit(v, (-2, -1)))
 
     def tangent(self, q: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         return g - q * (q * g).sum((-2, -1), keepdim=True)
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
-        v = q + h
-        return divide(v, torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True))
+        return unit(q + h, (-2, -1))
 
     def exp(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
         t = norm(h, (-2, -1))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.manifolds.base import Manifold, divide, norm, wide
+from lightning_fgsgd.manifolds.base import Manifold, divide, finite, norm, wide
 
 __all__ = ["Stiefel"]
+
+
+# A step whose columns are longer than this goes another way: the Gram matrix squares its length, and loses 1 beside it.
+_LONG = 4.0
 
 
 class Stiefel(Manifold):
@@ -28,7 +32,7 @@ class Stiefel(Manifold):
         return n * p - p * (p + 1) // 2
 
     def project(self, v: Tensor) -> Tensor:  # noqa: D102
-        u, _, vh = torch.linalg.svd(v, full_matrices=False)
+        u, _, vh = _svd(v)
         return u @ vh
 
     def tangent(self, q: Tensor, g: Tensor) -> Tensor:  # noqa: D102
@@ -39,8 +43,21 @@ class Stiefel(Manifold):
         # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however
         # large the step. Outside the range q + h is zero, so any finite root does there.
         v = q + h
-        eigenvalues, vectors = torch.linalg.eigh(v.mT @ v)
-        return v @ (vectors * eigenvalues.clamp_min(0.25).rsqrt()[..., None, :]) @ vectors.mT
+        good = finite(v)
+        gram = v.mT @ v
+        long = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None] > _LONG**2
+        eigenvalues, vectors = torch.linalg.eigh(torch.where(good & ~long, gram, torch.zeros_like(gram)))
+        near = v @ (vectors * eigenvalues.clamp_min(0.25).rsqrt()[..., None, :]) @ vectors.mT
+        if bool((good & long).any()):
+            near = torch.where(long, self._retract_far(q, h), near)
+        return torch.where(good, near, torch.full_like(near, torch.nan))
+
+    def _retract_far(self, q: Tensor, h: Tensor) -> Tensor:
+        """Polar factor of q + h from its singular vectors, in as many directions as q has."""
+        u, _, vh = _svd(wide(q) + wide(h))
+        rank = q.square().sum((-2, -1)).round()[..., None]
+        kept = torch.arange(q.shape[-1], device=q.device) < rank
+        return ((u * kept[..., None, :]) @ vh).to(q.dtype)
 
     def retract_qr(self, q: Tensor, h: Tensor) -> Tensor:
         """The other retraction: the Q factor of q + h, with a positive diagonal of R. For regular points only.
@@ -95,8 +112,8 @@ class Stiefel(Manifold):
         return (omega.mT @ omega).flatten(-2)
 
     def root(self, omega: Tensor) -> Tensor:  # noqa: D102
-        _, sigma, vh = torch.linalg.svd(wide(omega), full_matrices=False)
-        sigma = torch.where(_regular(sigma, omega.dtype), sigma, torch.zeros_like(sigma))
+        _, sigma, vh = _svd(wide(omega))
+        sigma = torch.where(_regular(sigma, omega.dtype) | sigma.isnan(), sigma, torch.zeros_like(sigma))
         return ((vh.mT * sigma[..., None, :]) @ vh).to(omega.dtype)
 
     def unit_scale(self, omega: Tensor) -> Tensor:  # noqa: D102
@@ -107,10 +124,12 @@ class Stiefel(Manifold):
         return q @ s
 
     def inverse(self, s: Tensor) -> Tensor:  # noqa: D102
-        sigma, vectors = torch.linalg.eigh(wide(s))
+        good = finite(s)
+        sigma, vectors = torch.linalg.eigh(torch.where(good, wide(s), torch.zeros_like(wide(s))))
         # Half the tolerance of `root`: rounding to the weight's precision must not drop a direction that it kept.
         regular = _regular(sigma, s.dtype, 0.5)
         inverse = torch.where(regular, 1 / sigma, torch.zeros_like(sigma))
+        inverse = torch.where(good[..., 0], inverse, torch.full_like(inverse, torch.nan))
         return ((vectors * inverse[..., None, :]) @ vectors.mT).to(s.dtype)
 
     def target(self, s: Tensor) -> Tensor:  # noqa: D102
@@ -118,6 +137,14 @@ class Stiefel(Manifold):
 
     def mean_square(self, s: Tensor) -> Tensor:  # noqa: D102
         return s.square().sum((-2, -1)).mean() / s.shape[-1]
+
+
+def _svd(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition; NaN for matrices that are not finite, on which LAPACK gives up."""
+    good = finite(v)
+    u, sigma, vh = torch.linalg.svd(torch.where(good, v, torch.zeros_like(v)), full_matrices=False)
+    nan = torch.full_like(sigma, torch.nan)
+    return torch.where(good, u, nan[..., None, :]), torch.where(good[..., 0], sigma, nan), vh
 
 
 def _regular(sigma: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
