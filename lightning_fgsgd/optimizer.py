@@ -18,6 +18,9 @@ from lightning_fgsgd.stepsize import step_normalizer
 
 __all__ = ["FGSGD"]
 
+_LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
+_AVERAGED_STEPS = 100  # how far back the running average of rho="average" reaches
+
 
 class FGSGD(torch.optim.Optimizer):
     r"""Fine-grained SGD: stochastic gradient descent with weights on products of manifolds (POMs).
@@ -38,7 +41,9 @@ class FGSGD(torch.optim.Optimizer):
             once; or anything that ``torch.optim.SGD`` takes, which constrains nothing until :meth:`constrain`.
         lr: learning rate, r(t) of the paper. Eq. 4 (Σ r = ∞, Σ r² < ∞) is up to the scheduler.
         momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
-        rho: ρ of Eq. 5, the geodesic distance to a minimum; ``None`` turns the normalisation 𝔤 off.
+        rho: ρ of Eq. 5, the geodesic distance to a minimum: a number, or ``"average"``, which estimates it by the distance
+            to a running average of the weights over 100 steps, group by group (one more tensor of the weights' size, and
+            about twice the time). ``None`` turns the normalisation 𝔤 off.
         metric: the Riemannian metric, relative to the unit manifold's. ``"start"``: times the mean squared scale at
             which the layer's components of each manifold started. The learning rate of plain SGD carries over, and
             rescaling R does not change it. ``"unit"``: the unit manifold's own. ``"embedded"``: that of the space in
@@ -66,7 +71,7 @@ class FGSGD(torch.optim.Optimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        rho: float | None = 1.0,
+        rho: float | str | None = 1.0,
         metric: str = "start",
         foreach: bool | None = None,
     ) -> None:
@@ -178,11 +183,16 @@ class FGSGD(torch.optim.Optimizer):
 
         Args:
             closure: re-evaluates the model and returns the loss.
+
+        Raises:
+            FloatingPointError: the gradient of a constrained weight holds NaN, infinite values or values above 1e18. Nothing
+                has moved then. Unconstrained parameters are stepped as by torch.optim.SGD, whatever their gradient.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         self._unplaced.clear()
         for group in self.param_groups:
             free = []
@@ -196,6 +206,20 @@ class FGSGD(torch.optim.Optimizer):
                     self._step_on_manifolds(p, pom, group)
             self._step_free(free, group)
         return loss
+
+    def _check_gradients(self) -> None:
+        """One look at all gradients of constrained weights, and one answer to the host."""
+        grads = [p.grad for p in self._poms if p.grad is not None]
+        if not grads or float(torch.nn.utils.get_total_norm(grads, math.inf)) <= _LARGEST_GRADIENT:
+            return
+        size = {pom.name: float(p.grad.abs().max()) for p, pom in self._poms.items() if p.grad is not None}
+        bad = {name: value for name, value in size.items() if not value <= _LARGEST_GRADIENT}
+        some = ", ".join(f"{name} ({value:.3g})" for name, value in list(bad.items())[:3])
+        raise FloatingPointError(
+            f"FGSGD: the gradients of {len(bad)} of {len(size)} constrained weights are not finite or exceed "
+            f"{_LARGEST_GRADIENT:g} (largest values of the first: {some}); no weight was moved. Look for a learning rate "
+            "that is too high, a loss that is not finite, or NaN in the input"
+        )
 
     def _step_free(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """The unconstrained parameters of a group: torch's own SGD."""
@@ -227,7 +251,10 @@ class FGSGD(torch.optim.Optimizer):
             direction[pom.euclidean] = cut(decayed)[pom.euclidean]
         if group["rho"] is not None:
             norms = pom.group_norms(direction)  # Theorem 1
-            normalizer = step_normalizer(norms, group["rho"], pom.curvatures(metric))  # Eq. 5
+            rho = group["rho"]
+            if rho == "average":
+                rho = self._distance_to_average(p, pom, pom.coordinates(omega, points), metric)
+            normalizer = step_normalizer(norms, rho, pom.curvatures(metric))  # Eq. 5
             direction = direction / normalizer[pom.sets.group, None, None]
 
         # Momentum is torch.optim.SGD's, operation by operation, on a tensor of the weight's own shape and layout.
@@ -252,6 +279,18 @@ class FGSGD(torch.optim.Optimizer):
             vector = cut(buffer).clone()
             pom.transport(points, vector)
             buffer.copy_(join(vector))
+
+    def _distance_to_average(self, p: Tensor, pom: POM, here: Tensor, metric: str) -> Tensor:
+        """ρ of every group, (G,): how far the weights are from a running average of themselves, which is moved along."""
+        state = self.state[p]
+        steps = state["averaged"] = state.get("averaged", 0) + 1
+        if steps == 1:
+            average = here
+            state["average"] = torch.empty_like(working(p)).copy_(pom.cutting.join(here))
+        else:
+            average = pom.pull(pom.cutting.cut(state["average"]), here, 1 / min(steps, _AVERAGED_STEPS))
+            state["average"].copy_(pom.cutting.join(average))
+        return pom.group_distances(here, average, metric)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -298,6 +337,7 @@ class FGSGD(torch.optim.Optimizer):
                     raise ValueError(f"state_dict: {mine.name} is constrained here but was not when it was saved")
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
         super().load_state_dict({**state_dict, "param_groups": saved})
+        self._restore_precision(state_dict)
         for p, (version, before) in self._unplaced.items():
             if p._version == version:
                 p.detach().copy_(before)
@@ -309,6 +349,14 @@ class FGSGD(torch.optim.Optimizer):
                 "checkpoint, and not those asked for here; to change them, load the model's weights only",
                 stacklevel=2,
             )
+
+    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
+        """Give the state of half-precision weights its own precision back, which torch casts to the weights'."""
+        for packed, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(packed["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
+                        self.state[p][key] = value.to(p.device, copy=True)
 
     def _matched(self, p: Tensor, mine: POM | None, state: dict[str, Any]) -> POM:
         if mine is None:
@@ -344,9 +392,10 @@ def _check_options(options: dict[str, Any]) -> None:
             "nesterov: it needs a momentum above 0 and no dampening, got "
             f"momentum={options['momentum']}, dampening={options['dampening']}"
         )
-    if options["rho"] is not None and not (0.0 <= options["rho"] < math.inf):
+    rho = options["rho"]
+    if rho not in (None, "average") and (isinstance(rho, str) or not 0.0 <= rho < math.inf):
         raise ValueError(
-            f"rho: {options['rho']} is not a finite number of at least 0; None turns the normalisation off"
+            f"rho: {rho!r} is not a finite number of at least 0; 'average' estimates it, None turns the normalisation off"
         )
     if options["metric"] not in METRICS:
         raise ValueError(f"metric: unknown metric {options['metric']!r}; choose from {', '.join(map(repr, METRICS))}")

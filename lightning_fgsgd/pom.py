@@ -169,6 +169,32 @@ class POM:
         squares = grad.square().sum((-2, -1))
         return squares.new_zeros(self.num_groups).index_add_(0, self.sets.group, squares).sqrt()
 
+    def group_distances(self, a: Tensor, b: Tensor, metric: str) -> Tensor:
+        """Distance ρ_g of every group between two points, (G,); see :meth:`coordinates` for ``a`` and ``b``, (k, n, p).
+
+        The root of the sum of the components' squared distances; on Stiefel the lower bound in closed form.
+        """
+        squares = (a - b).square().sum((-2, -1))
+        for part in self.parts:
+            dist = part.manifold.dist_bound(a[part.index], b[part.index])
+            squares[part.index] = dist.square() * self.metric(part, metric)
+        return squares.new_zeros(self.num_groups).index_add_(0, self.sets.group, squares).sqrt()
+
+    def coordinates(self, omega: Tensor, points: list[Tensor]) -> Tensor:
+        """Unit points q where there is a constraint and ω where there is none, as one tensor (k, n, p)."""
+        out = omega.clone()
+        for part, q in zip(self.parts, points, strict=True):
+            out[part.index] = q
+        return out
+
+    def pull(self, average: Tensor, towards: Tensor, share: float) -> Tensor:
+        """Move ``average`` the ``share`` of the way towards another point, by a retraction; both as :meth:`coordinates`."""
+        moved = average.lerp(towards, share)
+        for part in self.parts:
+            a, b = average[part.index], towards[part.index]
+            moved[part.index] = part.manifold.retract(a, share * part.manifold.tangent(a, b - a))
+        return moved
+
     def curvatures(self, metric: str) -> Tensor:
         """c of every group, (G,): the largest upper curvature bound among its components, in the chosen metric."""
         of_component = self.radius.new_zeros(self.cutting.count)

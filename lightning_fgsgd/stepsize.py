@@ -7,7 +7,7 @@ from torch import Tensor
 __all__ = ["step_normalizer"]
 
 
-def step_normalizer(grad_norm: Tensor, rho: float, curvature: Tensor | float) -> Tensor:
+def step_normalizer(grad_norm: Tensor, rho: Tensor | float, curvature: Tensor | float) -> Tensor:
     r"""𝔤 of Eq. 5, by which the learning rate of a group is divided (Eq. 3).
 
     .. math::
@@ -17,7 +17,7 @@ def step_normalizer(grad_norm: Tensor, rho: float, curvature: Tensor | float) ->
 
     Args:
         grad_norm: R_g, the norm of the group's Riemannian gradient (Theorem 1), any shape.
-        rho: ρ, geodesic distance to a minimum: unknown in practice, a parameter.
+        rho: ρ, geodesic distance to a minimum: unknown in practice, a parameter or an estimate; broadcast like the next.
         curvature: c, upper bound of the POM's sectional curvature; broadcast against ``grad_norm``.
     """
     gamma2 = ((2 * rho + grad_norm) ** 2).maximum(1 + curvature * (rho + grad_norm))

@@ -50,7 +50,7 @@ class LitClassifier(FGSGDMixin, LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         nesterov: bool = False,
-        rho: float | None = 1.0,
+        rho: float | Literal["average"] | None = 1.0,
         metric: str = "start",
         label_smoothing: float = 0.0,
         bn_momentum: float | None = None,

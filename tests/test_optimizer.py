@@ -426,3 +426,47 @@ def test_constraining_twice_or_by_a_foreign_plan_is_refused(tiny):
         optimizer.constrain(pom_param_groups(tiny).plan)
     with pytest.raises(ValueError, match="plan: it knows none"):
         FGSGD(tiny.parameters()).constrain(pom_param_groups(net()).plan)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e25])
+@pytest.mark.parametrize("rho", [1.0, None])
+def test_a_gradient_that_is_not_finite_moves_nothing_and_names_the_weights(tiny, bad, rho):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, momentum=0.9, rho=rho)
+    for p in tiny.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    tiny.conv.weight.grad[0, 0, 0, 0] = bad
+    weights, buffers = copy.deepcopy(tiny.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(FloatingPointError, match=r"the gradients of 1 of 6 constrained weights .*first: conv\.weight"):
+        optimizer.step()
+    assert all(torch.equal(x, weights[name]) for name, x in tiny.state_dict().items())
+    for index, state in optimizer.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], buffers[index]["momentum_buffer"])
+    tiny.conv.weight.grad[0, 0, 0, 0] = 1.0
+    optimizer.step()  # and goes on
+    assert all(x.isfinite().all() for x in tiny.state_dict().values())
+
+
+def test_huge_and_tiny_gradients_move_the_weights_on_their_manifolds(tiny):
+    for size in (1e17, 1e-30, 0.0):
+        for rho in (1.0, None, "average"):
+            optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, rho=rho)
+            for p in tiny.parameters():
+                p.grad = torch.full_like(p, size) if p in optimizer.poms else torch.zeros_like(p)
+            optimizer.step()
+            for p in optimizer.poms:
+                assert p.isfinite().all()
+                assert optimizer.distance(p) < 1e-5
+
+
+def test_the_state_of_half_precision_weights_keeps_its_precision_in_a_checkpoint():
+    model = nn.Linear(8, 4, bias=False).bfloat16()
+    optimizer = FGSGD(pom_param_groups(model), lr=0.1, momentum=0.9, rho="average")
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer.step()
+    other = FGSGD(pom_param_groups(model), lr=0.1, momentum=0.9, rho="average")
+    other.load_state_dict(optimizer.state_dict())
+    for key in ("momentum_buffer", "average"):
+        mine, theirs = optimizer.state[model.weight][key], other.state[model.weight][key]
+        assert mine.dtype == theirs.dtype == torch.float32
+        assert torch.equal(mine, theirs)

@@ -53,6 +53,10 @@ class Manifold(ABC):
     def dist(self, a: Tensor, b: Tensor) -> Tensor:
         """Geodesic distance between unit points, (...)."""
 
+    def dist_bound(self, a: Tensor, b: Tensor) -> Tensor:
+        """A lower bound of the distance in closed form, (...); the distance itself but on :class:`Stiefel`."""
+        return self.dist(a, b)
+
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """Inner product of tangent vectors at one point: that of the space around the manifold, (...)."""
         return (u * v).sum((-2, -1))
