@@ -185,8 +185,8 @@ class FGSGD(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            FloatingPointError: the gradient of a constrained weight holds NaN, infinite values or values above 1e18. Nothing
-                has moved then. Unconstrained parameters are stepped as by torch.optim.SGD, whatever their gradient.
+            FloatingPointError: the gradient of a constrained weight holds NaN or infinite values, or its norm exceeds
+                1e18. Nothing has moved then. Unconstrained parameters are stepped as by torch.optim.SGD, whatever their gradient.
         """
         loss = None
         if closure is not None:
@@ -209,16 +209,18 @@ class FGSGD(torch.optim.Optimizer):
 
     def _check_gradients(self) -> None:
         """One look at all gradients of constrained weights, and one answer to the host."""
-        grads = [p.grad for p in self._poms if p.grad is not None]
-        if not grads or float(torch.nn.utils.get_total_norm(grads, math.inf)) <= _LARGEST_GRADIENT:
+        grads = {pom.name: p.grad for p, pom in self._poms.items() if p.grad is not None}
+        # The norm of float16 values can overflow where none of them has.
+        read = [g.float() if g.dtype == torch.float16 else g for g in grads.values()]
+        if not read or float(torch.nn.utils.get_total_norm(read)) <= _LARGEST_GRADIENT:
             return
-        size = {pom.name: float(p.grad.abs().max()) for p, pom in self._poms.items() if p.grad is not None}
-        bad = {name: value for name, value in size.items() if not value <= _LARGEST_GRADIENT}
-        some = ", ".join(f"{name} ({value:.3g})" for name, value in list(bad.items())[:3])
+        norms = {name: float(g.double().norm()) for name, g in grads.items()}
+        bad = {name: norm for name, norm in norms.items() if not norm <= _LARGEST_GRADIENT} or norms
+        some = ", ".join(f"{name} ({norm:.3g})" for name, norm in list(bad.items())[:3])
         raise FloatingPointError(
-            f"FGSGD: the gradients of {len(bad)} of {len(size)} constrained weights are not finite or exceed "
-            f"{_LARGEST_GRADIENT:g} (largest values of the first: {some}); no weight was moved. Look for a learning rate "
-            "that is too high, a loss that is not finite, or NaN in the input"
+            f"FGSGD: the gradients of {len(bad)} of {len(norms)} constrained weights are not finite, or their norm exceeds "
+            f"{_LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
+            "too high, a loss that is not finite, or NaN in the input"
         )
 
     def _step_free(self, params: list[Tensor], group: dict[str, Any]) -> None:

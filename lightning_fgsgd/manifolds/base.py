@@ -113,9 +113,14 @@ class Manifold(ABC):
         return f"{type(self).__name__}()"
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The widest precision of the device of ``x``."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def wide(x: Tensor) -> Tensor:
     """``x`` in the widest precision of its device: for what is computed once, and for measuring."""
-    return x.float() if x.device.type == "mps" else x.double()
+    return x.to(wide_dtype(x))
 
 
 def norm(v: Tensor, dims: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.manifolds.base import Manifold, angle, norm, sinc, unit
+from lightning_fgsgd.manifolds.base import Manifold, angle, divide, norm, sinc, unit, wide_dtype
 
 __all__ = ["Oblique"]
 
@@ -28,7 +28,9 @@ class Oblique(Manifold):
         return g - q * (q * g).sum(-2, keepdim=True)
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
-        return unit(q + h, (-2,))
+        v = q + h
+        # In double precision, so that the squares of a long step do not overflow.
+        return divide(v, torch.linalg.vector_norm(v, dim=-2, keepdim=True, dtype=wide_dtype(v)).to(v.dtype))
 
     def exp(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
         t = norm(h, (-2,))

@@ -43,14 +43,11 @@ class Stiefel(Manifold):
         # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however
         # large the step. Outside the range q + h is zero, so any finite root does there.
         v = q + h
-        good = finite(v)
         gram = v.mT @ v
-        long = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None] > _LONG**2
-        eigenvalues, vectors = torch.linalg.eigh(torch.where(good & ~long, gram, torch.zeros_like(gram)))
+        short = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None] <= _LONG**2  # NaN is not
+        eigenvalues, vectors = torch.linalg.eigh(torch.where(short, gram, torch.zeros_like(gram)))
         near = v @ (vectors * eigenvalues.clamp_min(0.25).rsqrt()[..., None, :]) @ vectors.mT
-        if bool((good & long).any()):
-            near = torch.where(long, self._retract_far(q, h), near)
-        return torch.where(good, near, torch.full_like(near, torch.nan))
+        return near if bool(short.all()) else torch.where(short, near, self._retract_far(q, h))
 
     def _retract_far(self, q: Tensor, h: Tensor) -> Tensor:
         """Polar factor of q + h from its singular vectors, in as many directions as q has."""
