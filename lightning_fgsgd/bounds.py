@@ -1,4 +1,4 @@
-"""Norms of components and groups, the entries of the paper's Table 2, and the generalisation bounds of its Table 1."""
+"""The paper's Table 1 (generalisation bounds), Table 2 (norms), Proposition 1, Remark 1 and Bai-Yin law."""
 
 from __future__ import annotations
 
@@ -9,38 +9,103 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LogBounds", "Norms", "component_norms", "group_norms", "table1", "table2"]
+from lightning_fgsgd.norms import Norms, component_norms, geometric_means, group_norms
+from lightning_fgsgd.pom import POM, working
+
+__all__ = ["CHECKS", "LayerNorms", "LogBounds", "bai_yin", "layer_norms", "table1", "table2"]
+
+CHECKS = ("prop1_components", "prop1_groups", "remark1", "bai_yin")
+_ROUNDING = 1e-5  # of float32 weights that are exactly at a bound
 
 
-class Norms(NamedTuple):
-    """Spectral norm, Frobenius norm and ℓ2→1 norm (the sum of the columns' norms), each of one shape."""
+class LayerNorms(NamedTuple):
+    """Norms of one constrained layer, and what the paper says of them. k components, G groups.
 
-    spectral: Tensor
-    frobenius: Tensor
-    l21: Tensor
-
-
-def component_norms(components: Tensor) -> Norms:
-    """Norms of every component, each (k,), of ``components`` (k, n, p)."""
-    # The largest eigenvalue of the small Gram matrix instead of singular values of the tall component.
-    spectral = torch.linalg.eigvalsh(components.mT @ components)[..., -1].clamp_min(0).sqrt()
-    columns = components.norm(dim=-2)
-    return Norms(spectral, columns.norm(dim=-1), columns.sum(-1))
-
-
-def group_norms(components: Tensor, group: Tensor) -> Norms:
-    """Norms of every concatenated group ω_g = [ω_ι], each (G,); the spectral one is a bound.
-
-    The components stand side by side. Frobenius and ℓ2→1 norms are then exact; the spectral norm is at most the root of
-    the sum of the components' squared spectral norms, which is what is returned.
+    Attributes:
+        components: norms of every ω_ι, each (k,).
+        groups: norms of every concatenated ω_g, each (G,).
+        means: geometric means of the norms of each group's components, each (G,): lower bounds of ``groups`` (Remark 1).
+        table2: the entries of Table 2 times R, each (k,); NaN where the table has none: Euclidean components, scales that
+            were preserved, and σ(ω) itself.
+        gamma: γ of the layer, Eq. 2.
     """
-    spectral, frobenius, l21 = component_norms(components)
-    zeros = spectral.new_zeros(int(group.max()) + 1)
-    return Norms(
-        zeros.index_add(0, group, spectral.square()).sqrt(),
-        zeros.index_add(0, group, frobenius.square()).sqrt(),
-        zeros.index_add(0, group, l21),
+
+    components: Norms
+    groups: Norms
+    means: Norms
+    table2: Norms
+    gamma: float
+
+    def cpu(self) -> LayerNorms:
+        """The same on the CPU."""
+        parts = [Norms(*(x.cpu() for x in norms)) for norms in (self.components, self.groups, self.means, self.table2)]
+        return LayerNorms(parts[0], parts[1], parts[2], parts[3], self.gamma)
+
+    def largest(self) -> dict[str, float]:
+        """The largest norm of every kind: ``spectral`` of a component, ``group_spectral``, ``mean_spectral``,
+        ``table2_spectral`` and so on; entries that Table 2 lacks are left out.
+        """
+        row = {}
+        kinds = {"": self.components, "group_": self.groups, "mean_": self.means, "table2_": self.table2}
+        for prefix, norms in kinds.items():
+            for name, values in norms._asdict().items():
+                known = values if prefix != "table2_" else values[~values.isnan()]
+                if known.numel():
+                    row[prefix + name] = float(known.max())
+        return row
+
+    def checks(self) -> dict[str, float]:
+        """What share of the components, or groups, meets each claim of the paper: 1 where it holds throughout.
+
+        ``prop1_components``: all three norms of ω_ι are at most 1, which R = γ/λ with λ >= 1 gives for kernels, and for
+        blocks of p <= √(C + D) output neurons. ``prop1_groups``: the same of ω_g, as Proposition 1 says; by the usual
+        definition it fails in wide layers, where ‖ω_g‖_F = √(|g| p) R. ``remark1``: no norm of ω_g is below the geometric
+        mean of its components' norms, which always holds. ``bai_yin``: σ(ω_ι) <= 1/γ.
+        """
+
+        def share(passed: Tensor) -> float:
+            return float(passed.float().mean())
+
+        def at_most_one(norms: Norms) -> Tensor:
+            return torch.stack(norms).amax(0) <= 1 + _ROUNDING
+
+        reached = [group >= mean * (1 - _ROUNDING) for group, mean in zip(self.groups, self.means, strict=True)]
+        shares = (
+            share(at_most_one(self.components)),
+            share(at_most_one(self.groups)),
+            share(torch.stack(reached).all(0)),
+            share(self.components.spectral * self.gamma <= 1 + _ROUNDING),
+        )
+        return dict(zip(CHECKS, shares, strict=True))
+
+
+@torch.no_grad()
+def layer_norms(pom: POM, weight: Tensor, gamma: float) -> LayerNorms:
+    """Norms of ``weight`` as ``pom`` cuts and groups it, beside Table 2 and γ of :func:`~lightning_fgsgd.scaling.gamma`."""
+    components = pom.cutting.cut(working(weight.detach()))
+    group = pom.sets.group.long()
+    norms = component_norms(components)
+    rows = []
+    for name in pom.sets.manifold_names:
+        known = pom.start != "preserve" and name != "euclidean"
+        rows.append([math.nan if x is None else x for x in table2(name, pom.cutting.p)] if known else [math.nan] * 3)
+    entries = torch.tensor(rows).to(components)[pom.sets.manifold.long()] * pom.radius[:, None]
+    return LayerNorms(
+        norms,
+        group_norms(components, group, norms),
+        geometric_means(norms, group),
+        Norms(*entries.unbind(1)),
+        gamma,
     )
+
+
+def bai_yin(n: int, columns: int, variance: float) -> float:
+    """Spectral norm of a large n x ``columns`` matrix of independent entries of that variance (Bai and Yin 1993).
+
+    ``(√n + √columns) √variance``: the limit for entries with four moments. Uniform points of a unit sphere of n x p matrices
+    have the variance 1/(np), of the oblique and Stiefel manifolds 1/n; ω_g has p|g| columns of them.
+    """
+    return (n**0.5 + columns**0.5) * variance**0.5
 
 
 def table2(manifold: str, p: int) -> tuple[float | None, float, float]:
@@ -77,7 +142,7 @@ def table1(layers: Sequence[Norms], samples: int, width: int) -> LogBounds:
     In logarithms, because products over the groups of all layers overflow.
 
     Args:
-        layers: norms of the groups of each layer, each (G_l,).
+        layers: norms of the groups of each layer, each (G_l,). Where one is 0, so are the bounds.
         samples: N, training samples.
         width: ϖ, the width that the third bound takes for all layers.
 
@@ -86,6 +151,8 @@ def table1(layers: Sequence[Norms], samples: int, width: int) -> LogBounds:
     """
     if not layers or samples < 1 or width < 1:
         raise ValueError(f"layers, samples, width: need at least one of each, got {len(layers)}, {samples}, {width}")
+    if any(bool((norms.frobenius == 0).any()) for norms in layers):
+        return LogBounds(-math.inf, -math.inf, -math.inf)  # a product with a factor 0
     depth = len(layers)
     spectral = torch.stack([n.spectral.log().sum() for n in layers])
     frobenius = torch.stack([n.frobenius.log().sum() for n in layers])

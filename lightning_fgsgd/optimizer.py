@@ -162,6 +162,11 @@ class FGSGD(torch.optim.Optimizer):
         pom = self._poms.get(param)
         return 0.0 if pom is None else pom.distance(param.detach())
 
+    def unplaced(self, param: Tensor) -> Tensor:
+        """``param`` as it was before it was put onto its manifolds, until the first step; as it is otherwise."""
+        version, before = self._unplaced.get(param, (None, param))
+        return before.detach() if version == param._version else param.detach()
+
     def rescale(self, param: Tensor, radius: Tensor) -> None:
         """Set R of the components of ``param`` to ``radius`` (k,), and scale the weight along.
 
@@ -186,7 +191,8 @@ class FGSGD(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: the gradient of a constrained weight holds NaN or infinite values, or its norm exceeds
-                1e18. Nothing has moved then. Unconstrained parameters are stepped as by torch.optim.SGD, whatever their gradient.
+                1e18. Nothing has moved then. Unconstrained parameters are stepped as by torch.optim.SGD, whatever their
+                gradient.
         """
         loss = None
         if closure is not None:

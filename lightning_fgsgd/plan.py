@@ -173,13 +173,18 @@ def _reason(
         return "in exclude"
     if is_head:
         return "classifier head"
-    if type(module).__name__ in _STANDARDIZED:
+    if normalizes_weight(module):
         return "its layer normalises the weight itself"
     if not p.is_floating_point():
         return f"dtype {p.dtype}"
     if cut.n * cut.p < 2:
         return "components of a single number"
     return ""
+
+
+def normalizes_weight(module: nn.Module) -> bool:
+    """Whether the forward of a layer divides its weight by the weight's own norm."""
+    return type(module).__name__ in _STANDARDIZED
 
 
 def _head_parameters(model: nn.Module) -> set[Tensor]:

@@ -166,8 +166,11 @@ class POM:
 
     def group_norms(self, grad: Tensor) -> Tensor:
         """R_g of every group, (G,): the norm of a product is the root of the sum of squares (Theorem 1)."""
-        squares = grad.square().sum((-2, -1))
-        return squares.new_zeros(self.num_groups).index_add_(0, self.sets.group, squares).sqrt()
+        return self._group_sums(grad.square().sum((-2, -1))).sqrt()
+
+    def _group_sums(self, x: Tensor) -> Tensor:
+        """Sums of ``x`` (k,) over the groups, (G,), in double precision: a group may have a hundred thousand components."""
+        return wide(x).new_zeros(self.num_groups).index_add_(0, self.sets.group, wide(x)).to(x)
 
     def group_distances(self, a: Tensor, b: Tensor, metric: str) -> Tensor:
         """Distance ρ_g of every group between two points, (G,); see :meth:`coordinates` for ``a`` and ``b``, (k, n, p).
@@ -178,7 +181,7 @@ class POM:
         for part in self.parts:
             dist = part.manifold.dist_bound(a[part.index], b[part.index])
             squares[part.index] = dist.square() * self.metric(part, metric)
-        return squares.new_zeros(self.num_groups).index_add_(0, self.sets.group, squares).sqrt()
+        return self._group_sums(squares).sqrt()
 
     def coordinates(self, omega: Tensor, points: list[Tensor]) -> Tensor:
         """Unit points q where there is a constraint and ω where there is none, as one tensor (k, n, p)."""

@@ -73,6 +73,9 @@ class FinetuneCLI(LightningCLI):
         for rescaling in (c for c in trainer.callbacks if isinstance(c, FeatureStdRescaling) and c.history):
             for key, label in (("std", "feature std"), ("radius", "R")):
                 plots.append(plot_layers(rescaling.history, key, label, folder / f"{label.replace(' ', '_')}.png"))
+        for monitor in (c for c in trainer.callbacks if isinstance(c, NormBoundMonitor) and c.history):
+            monitor.plot(folder / "norms.png")
+            plots.append(folder / "norms.png")
         files: dict[str, list[Any]] = {
             "checkpoint": [getattr(trainer.checkpoint_callback, "best_model_path", "")],
             "timm weights": [export_timm(model, folder / "model.safetensors")],

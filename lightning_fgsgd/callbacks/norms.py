@@ -1,41 +1,77 @@
-"""NormBoundMonitor: logs the norms of the constrained weights that the paper's bounds are made of."""
+"""NormBoundMonitor: the norms of the weights during training, and the generalisation bounds that are made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lightning_fgsgd import scaling
 from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_fgsgd.bounds import component_norms, group_norms
+from lightning_fgsgd.bounds import CHECKS, LayerNorms, layer_norms, table1
+from lightning_fgsgd.components import cutting_of
+from lightning_fgsgd.norms import Norms, group_norms
 from lightning_fgsgd.optimizer import FGSGD
+from lightning_fgsgd.plan import normalizes_weight
+from lightning_fgsgd.pom import POM, working
 
 __all__ = ["NormBoundMonitor"]
 
 
 class NormBoundMonitor(Callback):
-    """Log, per layer, the norms of the components and of the groups ω_g at the end of an epoch.
+    r"""Watch the norms of components, groups and layers, and the generalisation bounds of the paper's Table 1.
 
-    For every constrained layer: the largest spectral, Frobenius and ℓ2→1 norm of its components, the largest Frobenius
-    norm of its groups and the paper's geometric mean of the components' Frobenius norms. They go to the Trainer's loggers
-    as ``norms/<layer>/<norm>``, and to :attr:`history`.
+    At the start of training and then at the chosen interval, for every constrained layer: the largest spectral, Frobenius
+    and ℓ2→1 norm of its components ω_ι (``spectral``, ...), the largest entries of Table 2 times R beside them
+    (``table2_spectral``, ..., where the table has one), the largest norms of its concatenated groups ω_g
+    (``group_spectral``, ...), the largest geometric means of the components' norms (``mean_spectral``, ..., Remark 1), and
+    the shares of components and groups that meet Proposition 1, Remark 1 and the Bai-Yin law
+    (:meth:`~lightning_fgsgd.bounds.LayerNorms.checks`; γ in the Xavier reading, the stricter one).
+
+    For the network: the smallest of these shares, the logarithms of the three bounds of Table 1, and of the same bounds
+    before the weights were put onto their manifolds. In the bounds a Linear layer or convolution that is not constrained is
+    one group; the gains of norm layers do not count, nor do layers that normalise their weights themselves.
+
+    They go to the Trainer's loggers, as ``norms/<layer>/<norm>`` and ``bounds/<bound>``, and to :attr:`history`.
 
     Args:
-        every_n_epochs: how often.
+        every_n_epochs: look at the end of every n-th epoch.
+        every_n_steps: look after every n-th optimizer step instead.
+        samples: N of Table 1; by default the size of the training set, or 1 where that is not known.
 
     Attributes:
-        history: for each epoch looked at a dict with ``"epoch"`` and ``"layers"``: layer name to norm name to value.
+        history: for each look a dict with ``"epoch"``, ``"step"``, ``"layers"`` (layer to name to value) and ``"network"``
+            (name to value).
+        start: the bounds before the weights were placed, by name.
+        latest: the norms of every component and group at the last look, by layer; on the CPU, and not in checkpoints.
 
     Raises:
         ValueError: a wrong argument.
         MisconfigurationException: when fitting starts without an FGSGD.
+
+    Example::
+
+        monitor = NormBoundMonitor()
+        Trainer(callbacks=[POMGrouping(), FeatureStdRescaling(), monitor]).fit(module)
+        monitor.plot("norms.png")
     """
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
-        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs: {every_n_epochs!r} is not a whole number of at least 1")
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None, samples: int | None = None) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps), ("samples", samples)):
+            unset = value is None and name != "every_n_epochs"
+            if not unset and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: {value!r} is not a whole number of at least 1")
         self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.samples = samples
         self.history: list[dict[str, Any]] = []
+        self.start: dict[str, float] = {}
+        self.latest: dict[str, LayerNorms] = {}
+        self._restored = False
+        self._looked = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if not any(isinstance(o, FGSGD) for o in trainer.optimizers):
@@ -44,31 +80,113 @@ class NormBoundMonitor(Callback):
                 f"NormBoundMonitor reads the manifolds of an FGSGD, and configure_optimizers returned {names}; "
                 "inherit from FGSGDMixin, return an FGSGD, or leave this callback out"
             )
+        if not self._restored:
+            self.history, self.start = [], {}
+        self._restored, self._looked = False, -1
 
     @torch.no_grad()
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if (trainer.current_epoch + 1) % self.every_n_epochs:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        # Not in on_fit_start: POMGrouping may come after this callback and constrain there.
+        if self.start:
             return
-        layers = {}
-        for optimizer in trainer.optimizers:
-            for param, pom in optimizer.poms.items() if isinstance(optimizer, FGSGD) else ():
-                components = pom.cutting.cut(param.detach().float())
-                norms = component_norms(components)
-                groups = group_norms(components, pom.sets.group.long())
-                layers[pom.name.removesuffix(".weight")] = {
-                    "spectral": float(norms.spectral.max()),
-                    "frobenius": float(norms.frobenius.max()),
-                    "l21": float(norms.l21.max()),
-                    "group_frobenius": float(groups.frobenius.max()),
-                    "geometric_mean": float(norms.frobenius.clamp_min(1e-30).log().mean().exp()),
-                }
-        self.history.append({"epoch": trainer.current_epoch, "layers": layers})
+        groups = [
+            group_norms(pom.cutting.cut(working(optimizer.unplaced(p))), pom.sets.group.long())
+            for optimizer, p, pom in _constrained(trainer)
+        ]
+        self.start = self._bounds(trainer, pl_module, groups)
+        self._look(trainer, pl_module)
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._look(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if not self.every_n_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._look(trainer, pl_module)
+
+    # Looking --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._looked == trainer.global_step:  # between two steps of accumulated gradients
+            return
+        self._looked = trainer.global_step
+        self.latest = {
+            pom.name.removesuffix(".weight"): layer_norms(pom, p, scaling.gamma(pom.cutting)).cpu()
+            for _, p, pom in _constrained(trainer)
+        }
+        layers = {name: norms.largest() | norms.checks() for name, norms in self.latest.items()}
+        network = self._bounds(trainer, pl_module, [norms.groups for norms in self.latest.values()])
+        network |= {check: min(row[check] for row in layers.values()) for check in CHECKS}
+        self.history.append(
+            {"epoch": trainer.current_epoch, "step": trainer.global_step, "layers": layers, "network": network}
+        )
         scalars = {f"norms/{layer}/{name}": value for layer, row in layers.items() for name, value in row.items()}
+        scalars |= {f"bounds/{name}": value for name, value in network.items()}
+        scalars |= {f"bounds/{name}_at_the_start": value for name, value in self.start.items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
 
+    def _bounds(self, trainer: Trainer, pl_module: LightningModule, constrained: list[Norms]) -> dict[str, float]:
+        """Table 1 for the whole network, by name, given the norms of the groups of its constrained layers."""
+        layers, width = list(constrained), 1
+        seen = {p for _, p, _ in _constrained(trainer)}
+        for module in pl_module.modules():
+            cutting = cutting_of(module, "filter")
+            if cutting is None or normalizes_weight(module):
+                continue
+            width = max(width, cutting.in_channels, cutting.out_channels)
+            weight: Any = module.weight
+            if weight not in seen:
+                seen.add(weight)
+                components = cutting.cut(working(weight.detach()))
+                one_group = torch.zeros(len(components), dtype=torch.long, device=components.device)
+                layers.append(group_norms(components, one_group))
+        on_the_cpu = [Norms(*(x.cpu().double() for x in norms)) for norms in layers]
+        return table1(on_the_cpu, self.samples or _training_samples(trainer), width)._asdict()
+
+    # Afterwards -----------------------------------------------------------------------------------------------------
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Bounds over training, and norms by layer at the last look, as a ``matplotlib.figure.Figure``.
+
+        Args:
+            path: where to save it, if anywhere.
+
+        Raises:
+            RuntimeError: there was no look yet.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from lightning_fgsgd.callbacks._plots import plot_norms
+
+        if not self.history:
+            raise RuntimeError("NormBoundMonitor.plot: there is nothing to plot before a fit")
+        figure = plot_norms(self.history, self.start)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"history": self.history}
+        return {"history": self.history, "start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
-        self.history = list(state_dict["history"])
+        self.history, self.start = list(state_dict["history"]), dict(state_dict["start"])
+        self._restored = True
+
+
+def _constrained(trainer: Trainer) -> Iterator[tuple[FGSGD, Tensor, POM]]:
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, FGSGD):
+            for p, pom in optimizer.poms.items():
+                yield optimizer, p, pom
+
+
+def _training_samples(trainer: Trainer) -> int:
+    """Size of the training set; 1 where it has none."""
+    loader: Any = trainer.train_dataloader
+    try:
+        return max(len(loader.dataset), 1)
+    except (AttributeError, TypeError):  # several loaders, no data set, or an iterable one
+        return 1

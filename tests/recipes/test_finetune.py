@@ -35,7 +35,7 @@ def test_the_default_run_ends_on_the_manifolds_with_an_accuracy_of_97_percent(tm
         text,
     )
     folder = tmp_path / "digits" / "version_0"
-    plots = "learning_curve.png", "feature_std.png", "R.png"
+    plots = "learning_curve.png", "feature_std.png", "R.png", "norms.png"
     for name in (*plots, "config.yaml", "model.safetensors", "checkpoints/last.ckpt"):
         assert (folder / name).stat().st_size > 1000, name
     assert list(folder.glob("events.out.tfevents.*"))
