@@ -21,11 +21,25 @@ def test_any_split_into_batches_gives_the_deviation_of_all_at_once(cuts, offset)
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("mean", [0.0, 3.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features_are_read_in_full(dtype):
-    x = (torch.randn(200, 4, 7, 7) + 3).to(dtype)
+def test_half_precision_features_are_read_in_full(dtype, mean):
+    # At a mean of 1e4 these formats keep steps of 8 and of 64: what they hold is what must be measured.
+    x = ((1 + mean / 100) * torch.randn(200, 4, 7, 7) + mean).to(dtype)
     metric = FeatureStd(4)
     for part in x.chunk(7):
+        metric.update(part)
+    torch.testing.assert_close(
+        metric.compute(), x.double().transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-6, atol=0
+    )
+
+
+def test_a_first_value_far_from_the_others_does_not_spoil_the_precision():
+    # It is what is taken off each channel before the moments are computed.
+    x = torch.randn(64, 3, 8, 8) * torch.tensor([1.0, 1e-2, 10.0]).view(3, 1, 1) + 1e4
+    x[0, :, 0, 0] = torch.tensor([0.0, -1e4, 1e6])
+    metric = FeatureStd(3)
+    for part in x.chunk(5):
         metric.update(part)
     torch.testing.assert_close(
         metric.compute(), x.double().transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-6, atol=0

@@ -76,8 +76,8 @@ class Stiefel(Manifold):
     def dist(self, a: Tensor, b: Tensor) -> Tensor:
         """Length of the geodesic from ``a`` to ``b`` found by :meth:`log`; NaN where it finds none.
 
-        It is the distance where the two are within the injectivity radius, 0.89 π (Zimmermann and Stoye), and an upper bound
-        beyond. In any case the distance is at least :meth:`dist_bound`.
+        A length below π is the distance itself, for π is the injectivity radius (Zimmermann and Stoye, arXiv 2405.02268); a
+        greater one is an upper bound. In any case the distance is at least :meth:`dist_bound`.
         """
         h = self.log(a, b)
         error = (self.exp(a, h) - b).norm(dim=(-2, -1))

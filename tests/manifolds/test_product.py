@@ -1,4 +1,5 @@
 import geoopt
+import pymanopt.manifolds
 import pytest
 import torch
 
@@ -36,6 +37,32 @@ def test_agrees_with_geoopts_product():
     h = mine.tangent(q, g)
     torch.testing.assert_close(pack(h), theirs.proju(pack(q), pack(g)))
     torch.testing.assert_close(mine.inner(h, h), theirs.inner(pack(q), pack(h)))
+
+
+def test_agrees_with_pymanopts_product():
+    theirs = pymanopt.manifolds.Product(
+        [
+            pymanopt.manifolds.Sphere(5, 3),
+            pymanopt.manifolds.Oblique(5, 3),
+            pymanopt.manifolds.Stiefel(5, 3, retraction="polar"),
+        ]
+    )
+    mine = Product([get_manifold(name) for name in NAMES[:3]])
+    q, g = ([x[0] for x in part[:3]] for part in points())
+    h = mine.tangent(q, g)
+    x, u = [y.numpy() for y in q], [y.numpy() for y in h]
+    assert mine.dim([(5, 3)] * 3) == theirs.dim
+    close = lambda a, b: torch.testing.assert_close(a, torch.as_tensor(b), atol=1e-10, rtol=0)  # noqa: E731
+    close(mine.norm(h), theirs.norm(x, u))
+    close(mine.inner(h, mine.tangent(q, q)), theirs.inner_product(x, u, theirs.projection(x, x)))
+    for mapped, other in (
+        (h, theirs.projection(x, [y.numpy() for y in g])),
+        (mine.retract(q, h), theirs.retraction(x, u)),
+        (mine.exp(q, h), theirs.exp(x, u)),
+        (mine.transport(mine.retract(q, h), h), theirs.projection(theirs.retraction(x, u), u)),
+    ):
+        for a, b in zip(mapped, other, strict=True):
+            close(a, b)
 
 
 def test_dimension_distance_and_curvature_are_made_of_the_factors():
