@@ -5,6 +5,7 @@ After *Fine-grained Optimization of Deep Neural Networks*, Mete Ozay, NeurIPS 20
 
 from lightning_fgsgd.__about__ import __version__
 from lightning_fgsgd.callbacks import FeatureStdRescaling, NormBoundMonitor, POMGrouping
+from lightning_fgsgd.describe import describe
 from lightning_fgsgd.export import export_timm
 from lightning_fgsgd.module import FGSGDMixin
 from lightning_fgsgd.optimizer import FGSGD
@@ -22,6 +23,7 @@ __all__ = [
     "RobbinsMonroLR",
     "__version__",
     "check_step_sizes",
+    "describe",
     "export_timm",
     "pom_param_groups",
 ]

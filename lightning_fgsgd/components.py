@@ -3,6 +3,9 @@
 Two cuttings. ``"kernel"``, the paper's: the A x B kernel of one output and one input channel. ``"filter"``: a block of
 p output neurons seen as an n x p matrix, n the fan-in. Where A = B = 1 a kernel would be a single number, so Linear
 layers and 1x1 convolutions are always cut into blocks.
+
+A module may hold several weights (an LSTM: one for the input and one for the hidden state, four gates each), and a weight
+several layers (the experts of timm's CondConv2d); :func:`cutting_of` knows them.
 """
 
 from __future__ import annotations
@@ -11,14 +14,16 @@ import math
 from dataclasses import dataclass
 
 import torch
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 
-__all__ = ["CUTTINGS", "Cutting", "cutting_of"]
+__all__ = ["CONVOLUTIONS", "CUTTINGS", "Cutting", "cutting_of"]
 
 CUTTINGS = ("kernel", "filter")
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Cutting:
         conv_groups: the ``groups`` of a convolution, 1 for Linear.
         transposed: whether it is the weight of a transposed convolution.
         n, p: shape of a component, n >= p.
+        experts: how many weights of that shape are stored as the rows of one matrix (CondConv2d); None for one that is
+            stored as it is.
     """
 
     kind: str
@@ -40,11 +47,17 @@ class Cutting:
     transposed: bool
     n: int
     p: int
+    experts: int | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the parameter that holds the weight."""
+        return self.shape if self.experts is None else (self.experts, math.prod(self.shape))
 
     @property
     def count(self) -> int:
         """Number of components, k."""
-        return math.prod(self.shape) // (self.n * self.p)
+        return math.prod(self.stored) // (self.n * self.p)
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -69,7 +82,7 @@ class Cutting:
     def cut(self, weight: Tensor) -> Tensor:
         """The components of ``weight``, shape (k, n, p): a view where the strides allow it, a copy elsewhere."""
         if self.kind == "kernel":
-            x = weight.reshape(self.shape[0] * self.shape[1], *_matrix(self.kernel))
+            x = weight.reshape(-1, *_matrix(self.kernel))
             return x.mT if x.shape[-2] < x.shape[-1] else x
         return self._output_first(weight).reshape(-1, self.p, self.n).mT
 
@@ -77,71 +90,94 @@ class Cutting:
         """The weight whose components are ``components`` (k, n, p): the inverse of :meth:`cut`."""
         if self.kind == "kernel":
             rows, columns = _matrix(self.kernel)
-            return (components.mT if rows < columns else components).reshape(self.shape)
-        rows_first = components.mT.reshape(self.out_channels, self.fan_in)
-        if not self.transposed:
-            return rows_first.reshape(self.shape)
-        per_group = (self.conv_groups, self.shape[1], self.shape[0] // self.conv_groups, *self.kernel)
-        return rows_first.reshape(per_group).transpose(1, 2).reshape(self.shape)
+            return (components.mT if rows < columns else components).reshape(self.stored)
+        rows_first = components.mT
+        if self.transposed:
+            per_group = (self.conv_groups, self.shape[1], self.shape[0] // self.conv_groups, *self.kernel)
+            rows_first = rows_first.reshape(per_group).transpose(1, 2)
+        return rows_first.reshape(self.stored)
 
     def _output_first(self, weight: Tensor) -> Tensor:
         """One row per output neuron, (D, fan-in)."""
         if self.transposed:
             per_group = (self.conv_groups, self.shape[0] // self.conv_groups, self.shape[1], *self.kernel)
             weight = weight.reshape(per_group).transpose(1, 2)
-        return weight.reshape(self.out_channels, self.fan_in)
+        return weight.reshape(-1, self.fan_in)
 
     def input_channel(self) -> Tensor | None:
         """Input channel that each component reads, shape (k,); None for blocks, which read a whole fan-in."""
-        if self.kind == "filter":
-            return None
-        first, second = self.shape[:2]
-        if self.transposed:
-            return torch.arange(first).repeat_interleave(second)
-        conv_group = torch.arange(first) // (first // self.conv_groups)
-        return (conv_group[:, None] * second + torch.arange(second)).flatten()
+        return None if self.kind == "filter" else self._first_channel() if self.transposed else self._second_channel()
 
     def output_channel(self) -> Tensor | None:
         """Output channel that each component writes, shape (k,); None for blocks, which write p of them."""
-        if self.kind == "filter":
-            return None
+        return None if self.kind == "filter" else self._second_channel() if self.transposed else self._first_channel()
+
+    def _first_channel(self) -> Tensor:
+        """Of kernels: the channel that the weight's first axis counts."""
+        return torch.arange(self.shape[0]).repeat_interleave(self.shape[1]).repeat(self.experts or 1)
+
+    def _second_channel(self) -> Tensor:
+        """Of kernels: the channel that the weight's second axis counts, within its conv group."""
         first, second = self.shape[:2]
-        if not self.transposed:
-            return torch.arange(first).repeat_interleave(second)
         conv_group = torch.arange(first) // (first // self.conv_groups)
-        return (conv_group[:, None] * second + torch.arange(second)).flatten()
+        return (conv_group[:, None] * second + torch.arange(second)).flatten().repeat(self.experts or 1)
+
+    def reads(self) -> Tensor:
+        """Number of the features that each component reads, shape (k,): its input channel, or the conv group of a block."""
+        channel = self.input_channel()
+        return self.conv_group() if channel is None else channel
 
     def conv_group(self) -> Tensor:
         """Conv group that each component belongs to, shape (k,)."""
-        return torch.arange(self.count) // (self.count // self.conv_groups)
+        of_one = self.count // (self.experts or 1)
+        return (torch.arange(of_one) // (of_one // self.conv_groups)).repeat(self.experts or 1)
 
 
-def cutting_of(module: nn.Module, kind: str = "kernel", block_size: int = 16) -> Cutting | None:
-    """The cutting of ``module.weight``, or None where ``module`` is not a Linear layer or a convolution.
+def cutting_of(module: nn.Module, kind: str = "kernel", block_size: int = 16, attr: str = "weight") -> Cutting | None:
+    """The cutting of a weight of ``module``, or None where ``module`` has no such weight.
+
+    Weights are those of Linear layers, convolutions, recurrent layers and cells, ``nn.MultiheadAttention``, timm's
+    CondConv2d, and, in a module of another class, a parameter called ``weight`` or ``..._weight`` with at least two axes
+    (embeddings apart): it is taken for one that goes through ``F.linear`` or ``F.conv``, (out, in, *kernel).
 
     Args:
         module: the layer.
         kind: ``"kernel"`` or ``"filter"``, for k x k convolutions. Where the kernel is a single weight it is
             ``"filter"`` always.
         block_size: largest number of output neurons in a block. p is the largest divisor of the outputs (of one conv
-            group: a block does not mix neurons that read different inputs) that is at most ``block_size`` and the
-            fan-in, so that no block is ragged.
+            group, or one gate of a recurrent layer: a block does not mix neurons that read different inputs or do different
+            work) that is at most ``block_size`` and the fan-in, so that no block is ragged.
+        attr: name of the parameter in ``module``.
     """
-    if isinstance(module, nn.Linear):
-        shape, conv_groups, transposed = tuple(module.weight.shape), 1, False
-    elif isinstance(module, (*_CONVS, *_TRANSPOSED_CONVS)):
-        shape, conv_groups = tuple(module.weight.shape), module.groups
-        transposed = isinstance(module, _TRANSPOSED_CONVS)
-    else:
+    weight = module._parameters.get(attr)
+    if weight is None or not _is_weight(module, attr, weight):
         return None
+    shape, experts = tuple(weight.shape), None
+    conv_groups, transposed = getattr(module, "groups", 1), isinstance(module, _TRANSPOSED_CONVS)
+    if isinstance(module, CondConv2d):
+        shape, experts = tuple(module.weight_shape), len(weight)
+    elif len(shape) == 2 or not isinstance(conv_groups, int):
+        conv_groups = 1
     kernel = shape[2:]
     if kind == "kernel" and math.prod(kernel) > 1:
         rows, columns = _matrix(kernel)
-        return Cutting(kind, shape, conv_groups, transposed, max(rows, columns), min(rows, columns))
+        return Cutting(kind, shape, conv_groups, transposed, max(rows, columns), min(rows, columns), experts)
     outputs, inputs = (shape[1], shape[0] // conv_groups) if transposed else (shape[0] // conv_groups, shape[1])
+    if isinstance(module, _RECURRENT):
+        outputs = getattr(module, "proj_size", 0) if attr.startswith("weight_hr") else module.hidden_size
     n = inputs * math.prod(kernel)
     p = max(d for d in range(1, min(block_size, n, outputs) + 1) if outputs % d == 0)
-    return Cutting("filter", shape, conv_groups, transposed, n, p)
+    return Cutting("filter", shape, conv_groups, transposed, n, p, experts)
+
+
+def _is_weight(module: nn.Module, attr: str, weight: Tensor) -> bool:
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS, CondConv2d)):
+        return attr == "weight"
+    if isinstance(module, _RECURRENT):
+        return attr.startswith("weight_")
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)) or "Norm" in type(module).__name__:
+        return False
+    return (attr == "weight" or attr.endswith("_weight")) and 2 <= weight.ndim <= 5
 
 
 def _matrix(kernel: tuple[int, ...]) -> tuple[int, int]:

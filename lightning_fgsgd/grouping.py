@@ -14,8 +14,9 @@ convolutions, the ``"filter"`` cutting) all three schemes draw over the layer's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,28 @@ def draw_index_sets(
         torch.empty(cutting.count, dtype=torch.uint8).scatter_(0, order, manifold.flatten().to(torch.uint8)),
         torch.empty(cutting.count, dtype=torch.int32).scatter_(0, order, group.flatten().to(torch.int32)),
     )
+
+
+def pack(sets: IndexSets, cutting: Cutting, scheme: str) -> dict[str, Any]:
+    """The index sets as plain tensors, two bytes a component: a group is its known pool, and its number in there."""
+    per_pool = sets.num_groups // (int(_pools(cutting, scheme).max()) + 1)
+    slot = sets.group % per_pool
+    return {
+        "scheme": scheme,
+        "manifold_names": list(sets.manifold_names),
+        "manifold": sets.manifold,
+        "groups_in_pool": per_pool,
+        "slot": slot.to(torch.uint8 if per_pool <= 256 else torch.int32),
+    }
+
+
+def unpack(state: Mapping[str, Any], cutting: Cutting) -> IndexSets:
+    """The index sets that :func:`pack` packed, on the CPU."""
+    names, manifold = tuple(state["manifold_names"]), state["manifold"].cpu().clone()
+    if "group" in state:  # a checkpoint of before they were packed
+        return IndexSets(names, manifold, state["group"].cpu().clone())
+    pool = _pools(cutting, state["scheme"]).to(torch.int32)
+    return IndexSets(names, manifold, pool * state["groups_in_pool"] + state["slot"].cpu().to(torch.int32))
 
 
 def pool_size(cutting: Cutting, scheme: str) -> int:

@@ -19,6 +19,7 @@ from lightning_fgsgd.stepsize import step_normalizer
 __all__ = ["FGSGD"]
 
 _LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
+_STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
 _AVERAGED_STEPS = 100  # how far back the running average of rho="average" reaches
 
 
@@ -92,6 +93,8 @@ class FGSGD(torch.optim.Optimizer):
         # weight as its own model state left it, not as a start that was drawn in between.
         self._unplaced: dict[Tensor, tuple[int, Tensor]] = {}
         self._plan = POMPlan()
+        # How often each constrained weight had been written to when it was last known to be on its manifolds.
+        self._versions: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         if isinstance(params, POMParamGroups):
             self.constrain(params.plan)
@@ -116,7 +119,13 @@ class FGSGD(torch.optim.Optimizer):
         self._place(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters as ``torch.optim.SGD`` does; weights that the plan knows are put onto their manifolds."""
+        """Add parameters as ``torch.optim.SGD`` does; weights that the plan knows are put onto their manifolds.
+
+        A group with an ``"lr_factor"`` (of ``pom_param_groups(layer_decay=...)``) and no ``"lr"`` has that many times the
+        optimizer's learning rate.
+        """
+        if "lr_factor" in param_group and "lr" not in param_group:
+            param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._place(self.param_groups[-1:])
@@ -134,6 +143,7 @@ class FGSGD(torch.optim.Optimizer):
                 pom = self._poms[p] = POM.place(planned, p.detach())
                 if before is not None:
                     self._unplaced[p] = (p._version, before)
+                self._versions[p] = p._version
                 buffer = self.state[p].get("momentum_buffer") if p in self.state else None
                 if buffer is not None:  # of plain SGD, whose weights are constrained only now
                     cut, points = pom.cutting.cut, pom.unit_points(pom.cutting.cut(working(p)))
@@ -162,10 +172,19 @@ class FGSGD(torch.optim.Optimizer):
         pom = self._poms.get(param)
         return 0.0 if pom is None else pom.distance(param.detach())
 
+    def project(self, param: Tensor | None = None) -> None:
+        """Bring ``param``, or all constrained weights, back to the nearest point of their manifolds."""
+        for p in self._poms if param is None else [p for p in self._poms if p is param]:
+            self._poms[p].project(p.detach())
+            self._versions[p] = p._version
+
     def unplaced(self, param: Tensor) -> Tensor:
         """``param`` as it was before it was put onto its manifolds, until the first step; as it is otherwise."""
-        version, before = self._unplaced.get(param, (None, param))
-        return before.detach() if version == param._version else param.detach()
+        return self._unplaced[param][1] if self.has_unplaced(param) else param.detach()
+
+    def has_unplaced(self, param: Tensor) -> bool:
+        """Whether ``param`` was moved when it was put onto its manifolds, and neither stepped nor changed since."""
+        return param in self._unplaced and self._unplaced[param][0] == param._version
 
     def rescale(self, param: Tensor, radius: Tensor) -> None:
         """Set R of the components of ``param`` to ``radius`` (k,), and scale the weight along.
@@ -178,7 +197,10 @@ class FGSGD(torch.optim.Optimizer):
             raise ValueError("param: it is not on a product of manifolds, so it has no radius to set")
         if radius.shape != pom.radius.shape or not bool(torch.isfinite(radius).all() and (radius > 0).all()):
             raise ValueError(f"radius: {pom.name} needs {pom.radius.numel()} positive numbers, got {radius}")
+        stray = self._versions.get(param) != param._version
         pom.rescale(param.detach(), radius)
+        if not stray:
+            self._versions[param] = param._version
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -190,15 +212,16 @@ class FGSGD(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            FloatingPointError: the gradient of a constrained weight holds NaN or infinite values, or its norm exceeds
-                1e18. Nothing has moved then. Unconstrained parameters are stepped as by torch.optim.SGD, whatever their
-                gradient.
+            FloatingPointError: a constrained weight, or its gradient, holds NaN or infinite values, or the norm of the
+                gradient exceeds 1e18. Nothing has moved then. Unconstrained parameters are stepped as by torch.optim.SGD,
+                whatever their gradient.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        self._check_weights()
         self._unplaced.clear()
         for group in self.param_groups:
             free = []
@@ -210,6 +233,7 @@ class FGSGD(torch.optim.Optimizer):
                     free.append(p)
                 else:
                     self._step_on_manifolds(p, pom, group)
+                    self._versions[p] = p._version
             self._step_free(free, group)
         return loss
 
@@ -228,6 +252,33 @@ class FGSGD(torch.optim.Optimizer):
             f"{_LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
             "too high, a loss that is not finite, or NaN in the input"
         )
+
+    def _check_weights(self) -> None:
+        """Notice constrained weights that others have written to since the last step, and that left their manifolds."""
+        written = [p for p in self._poms if p.grad is not None and self._versions.get(p) != p._version]
+        stray = {}
+        for p in written:
+            distance = self.distance(p)
+            # Written to, and not astray: a checkpoint that was loaded, or an average that was swapped in and out.
+            if not distance <= _STRAY.get(p.dtype, 1e-3):
+                stray[p] = distance
+            self._versions[p] = p._version
+        if not stray:
+            return
+        names = ", ".join(f"{self._poms[p].name} ({distance:.2g})" for p, distance in list(stray.items())[:3])
+        if not all(math.isfinite(distance) for distance in stray.values()):
+            self._versions.clear()
+            raise FloatingPointError(
+                f"FGSGD: constrained weights hold values that are not finite: {names}; none was moved"
+            )
+        warnings.warn(
+            f"FGSGD: {len(stray)} constrained weights were changed by others and left their manifolds (relative distance of "
+            f"the first: {names}); this step starts from the nearest points on them. To take the changed weights as a new "
+            "start, make a new optimizer",
+            stacklevel=4,
+        )
+        for p in stray:
+            self.project(p)
 
     def _step_free(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """The unconstrained parameters of a group: torch's own SGD."""
@@ -350,6 +401,7 @@ class FGSGD(torch.optim.Optimizer):
             if p._version == version:
                 p.detach().copy_(before)
         self._unplaced.clear()
+        self._versions.clear()
         self._poms = poms
         if replaced:
             warnings.warn(
@@ -383,7 +435,7 @@ class FGSGD(torch.optim.Optimizer):
         return POM.from_state_dict(state, mine.cutting, p.detach())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}}
+        return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}, "_versions": {}}
 
 
 def _check_options(options: dict[str, Any]) -> None:

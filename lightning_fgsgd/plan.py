@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_fgsgd.components import CUTTINGS, Cutting, cutting_of
 from lightning_fgsgd.grouping import SCHEMES, IndexSets, draw_index_sets, pool_size
 from lightning_fgsgd.manifolds import get_manifold
+from lightning_fgsgd.reasons import normalizes_weight, why_euclidean
+from lightning_fgsgd.selection import Selector, head_parameters, layer_decay_factors
 
-__all__ = ["STARTS", "POMPlan", "PlannedWeight", "pom_param_groups"]
+__all__ = ["STARTS", "POMPlan", "PlannedWeight", "draw_plan", "pom_param_groups"]
 
 STARTS = ("preserve", "project", "random")
 DEFAULT_MANIFOLDS = ("sphere", "oblique", "stiefel")
-
-# timm's weight-standardised convolutions: their forward divides the weight by its own norm, which voids a constraint
-# on that norm.
-_STANDARDIZED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+_OVERRIDABLE = ("scheme", "manifolds", "start", "cutting", "block_size", "groups")
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,21 @@ def pom_param_groups(
     groups: int | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    normalized: bool = False,
+    layer_decay: float | None = None,
+    no_weight_decay: bool | Sequence[str] = False,
     seed: int = 0,
 ) -> POMParamGroups:
     r"""Parameter groups that put a model's weights on products of manifolds, for :class:`FGSGD`.
 
-    Linear layers and convolutions are constrained; biases, norms, embeddings and everything else stay Euclidean. Nothing
-    is moved here: the optimizer places the weights when it is made.
+    The weights of Linear layers, convolutions, recurrent layers, attention and expert layers are constrained
+    (:func:`~lightning_fgsgd.components.cutting_of`); biases, norms, embeddings, tables, tokens and gains stay Euclidean.
+    Nothing is moved here: the optimizer places the weights when it is made.
+
+    ``include``, ``exclude`` and ``overrides`` take patterns: globs on parameter names (``"*.attn.*"``), layer types
+    (``"type:Linear"``), or timm's ``"timm:head"``, ``"timm:stem"``, ``"timm:stage1"``, ...; see
+    :class:`~lightning_fgsgd.selection.Selector`.
 
     Args:
         model: any module; a timm model, or a LightningModule that holds one.
@@ -89,65 +97,215 @@ def pom_param_groups(
         cutting: ``"kernel"`` (each k x k kernel is a component) or ``"filter"`` (blocks of output neurons).
         block_size: largest number p of output neurons in a block.
         groups: number of groups in each pool; by default one per manifold.
-        include: glob patterns of the parameter names to constrain; all by default.
-        exclude: glob patterns of the parameter names to leave Euclidean. A classifier head (``get_classifier`` of a timm
+        include: patterns of the parameters to constrain; all by default. A pattern that names a weight also lifts the head
+            rule below for it, if it is ``"timm:head"`` or the parameter's very name.
+        exclude: patterns of the parameters to leave Euclidean. A classifier head (``get_classifier`` of a timm
             model) is left Euclidean too, because it is usually new: there is no pretrained geometry to keep and its
             norm carries the confidence. ``exclude=()`` lifts that rule.
+        overrides: other settings for some weights, by pattern: ``{"type:Linear": {"manifolds": ["stiefel"]}}``. The settings
+            are ``scheme``, ``manifolds``, ``start``, ``cutting``, ``block_size`` and ``groups``; where two patterns match,
+            the later one holds.
+        normalized: constrain also weights that their layer standardises in its forward (timm's StdConv2d, ScaledStdConv2d):
+            the constraint then has no effect on what the layer computes, but for the size of its steps.
+        layer_decay: multiply the learning rate by this factor for each layer from the output to the input, as numbered by
+            timm's ``group_matcher``; as ``timm.optim.param_groups_layer_decay``.
+        no_weight_decay: parameters whose ``weight_decay`` is 0: true for biases, norms, gains and all that the timm model's
+            ``no_weight_decay()`` names; or patterns. Weight decay never acts on constrained components.
         seed: of the index sets and of ``"random"``. Each layer draws from the seed and its own name, so that leaving
             out a layer does not change the others.
 
     Returns:
-        A list of two parameter groups, ``"pom"`` and ``"euclidean"`` (the latter only where there are any), holding the
-        parameters that require a gradient. Frozen weights are in the plan, so ``optimizer.add_param_group`` constrains
-        them when they are unfrozen.
+        A list of parameter groups, ``"pom"`` and ``"euclidean"`` (the latter only where there are any; split further by
+        ``layer_decay`` and ``no_weight_decay``), holding the parameters that require a gradient. Frozen weights are in the
+        plan, so ``optimizer.add_param_group`` constrains them when they are unfrozen.
 
     Raises:
         ValueError: an argument that is not one of its choices, a pattern that matches no parameter, more ``groups``
             than any pool of the model has components, or a model with nothing to constrain.
     """
-    check_choices(scheme, manifolds, start, cutting, block_size, groups, seed)
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    _check_patterns("include", include, names.values())
-    _check_patterns("exclude", exclude, names.values())
-    head = set() if exclude is not None and len(exclude) == 0 else _head_parameters(model)
-
-    plan = POMPlan(names=names)
-    owners: dict[Tensor, tuple[nn.Module, str]] = {}
-    for module in model.modules():
-        for attr, p in module._parameters.items():
-            if p is not None:
-                owners.setdefault(p, (module, attr))
-    for weight, name in names.items():
-        module, attr = owners[weight]
-        cut = cutting_of(module, cutting, block_size) if attr == "weight" else None
-        reason = _reason(weight, name, module, cut, include, exclude, weight in head)
-        if reason or cut is None:
-            plan.euclidean[name] = reason
-            continue
-        generator = torch.Generator().manual_seed(layer_seed(seed, name))
-        sets = draw_index_sets(cut, scheme, manifolds, groups, generator=generator)
-        plan.weights[weight] = PlannedWeight(name, cut, sets, scheme, start, seed)
-
+    plan = draw_plan(
+        model,
+        scheme=scheme,
+        manifolds=manifolds,
+        start=start,
+        cutting=cutting,
+        block_size=block_size,
+        groups=groups,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        normalized=normalized,
+        seed=seed,
+    )
     if not plan.weights:
         reasons = "; ".join(sorted(set(plan.euclidean.values())))
         raise ValueError(
             f"model: {type(model).__name__} has no weight to constrain ({reasons or 'it has no parameters'}). "
-            "Linear layers and convolutions can be constrained; exclude=() includes the classifier head."
+            "Linear layers and convolutions can be constrained; exclude=() includes the classifier head, "
+            "normalized=True the weights that their layers standardise."
         )
-    if groups is not None:
-        largest = max(pool_size(w.cutting, scheme) for w in plan.weights.values())
-        if groups > largest:
-            raise ValueError(
-                f"groups: {groups} groups were asked for, but the largest pool of scheme={scheme!r} has only {largest} "
-                f"components; choose groups between 1 and {largest}, or None for one group per manifold"
-            )
+    return POMParamGroups(_parameter_groups(model, plan, layer_decay, no_weight_decay), plan)
 
-    trainable = [p for p in names if p.requires_grad]
-    named = [
-        {"params": [p for p in trainable if p in plan.weights], "name": "pom"},
-        {"params": [p for p in trainable if p not in plan.weights], "name": "euclidean"},
-    ]
-    return POMParamGroups([group for group in named if group["params"]], plan)
+
+def draw_plan(
+    model: nn.Module,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    normalized: bool = False,
+    seed: int = 0,
+    **settings: Any,
+) -> POMPlan:
+    """The plan of :func:`pom_param_groups`, with the same arguments; it may be one that constrains nothing."""
+    settings = {**_DEFAULTS, **settings}
+    check_choices(**settings, seed=seed)
+    names, owners = _parameters(model)
+    selector = Selector(model, names, owners)
+    included, excluded = selector.find("include", include), selector.find("exclude", exclude)
+    head = set() if exclude is not None and len(exclude) == 0 else head_parameters(model)
+    for pattern in include or ():
+        head -= (
+            selector.find("include", [pattern]) if pattern == "timm:head" else {p for p in head if names[p] == pattern}
+        )
+    changes = [(selector.find("overrides", [pattern]), change) for pattern, change in (overrides or {}).items()]
+    for pattern, change in (overrides or {}).items():
+        check_override(pattern, change, settings, seed)
+
+    plan = POMPlan(names=names)
+    largest_pool = 0
+    for weight, name in names.items():
+        mine = dict(settings)
+        for matched, change in changes:
+            mine |= change if weight in matched else {}
+        module, attr = _owner(weight, name, owners[weight])
+        cut = cutting_of(module, mine["cutting"], mine["block_size"], attr)
+        if cut is None:
+            reason = why_euclidean(name, weight, owners[weight])
+        elif include is not None and weight not in included:
+            reason = "not in include"
+        elif weight in excluded:
+            reason = "in exclude"
+        elif weight in head:
+            reason = "classifier head"
+        elif normalizes_weight(module) and not normalized:
+            reason = "its layer normalises the weight itself"
+        else:
+            reason = _unfit(weight, name, cut, mine["start"], model)
+        if reason or cut is None:
+            plan.euclidean[name] = reason
+            continue
+        generator = torch.Generator().manual_seed(layer_seed(seed, name))
+        sets = draw_index_sets(cut, mine["scheme"], mine["manifolds"], mine["groups"], generator=generator)
+        plan.weights[weight] = PlannedWeight(name, cut, sets, mine["scheme"], mine["start"], seed)
+        if mine["groups"] is settings["groups"]:
+            largest_pool = max(largest_pool, pool_size(cut, mine["scheme"]))
+    wanted = settings["groups"]
+    if wanted is not None and plan.weights and wanted > largest_pool > 0:
+        raise ValueError(
+            f"groups: {wanted} groups were asked for, but the largest pool of scheme={settings['scheme']!r} has only "
+            f"{largest_pool} components; choose groups between 1 and {largest_pool}, or None for one group per manifold"
+        )
+    return plan
+
+
+_DEFAULTS: dict[str, Any] = {
+    "scheme": "pio",
+    "manifolds": DEFAULT_MANIFOLDS,
+    "start": "preserve",
+    "cutting": "kernel",
+    "block_size": 16,
+    "groups": None,
+}
+
+
+def _parameters(model: nn.Module) -> tuple[dict[Tensor, str], dict[Tensor, list[nn.Module]]]:
+    """The name of every parameter, once where it is tied, and all the modules that hold it."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    lazy = [name for p, name in names.items() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"model: {lazy[0]} has no shape yet (a lazy module); run one batch through the model first")
+    owners: dict[Tensor, list[nn.Module]] = {p: [] for p in names}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[p].append(module)
+    return names, owners
+
+
+def _owner(weight: Tensor, name: str, owners: list[nn.Module]) -> tuple[nn.Module, str]:
+    """The module that says how a weight is used, and the weight's name in it; a table of embeddings that is tied is one."""
+    module = next((m for m in owners if isinstance(m, (nn.Embedding, nn.EmbeddingBag))), owners[0])
+    return module, next(attr for attr, p in module._parameters.items() if p is weight)
+
+
+def _unfit(weight: Tensor, name: str, cut: Cutting, start: str, model: nn.Module) -> str:
+    """Why a weight that could be cut is not to be constrained; "" where it is."""
+    if not weight.is_floating_point():
+        return f"dtype {weight.dtype}"
+    if cut.n * cut.p < 2:
+        return "components of a single number"
+    if _is_adapter(name, model):
+        return "adapter"
+    if start == "preserve" and not weight.is_meta and not bool(weight.any()):
+        return "zero at the start, so there is nothing to preserve"
+    return ""
+
+
+def _is_adapter(name: str, model: nn.Module) -> bool:
+    """Whether a parameter belongs to an adapter, as PEFT's layers name them, or is called ``lora_...``.
+
+    Adapters start at zero on purpose: on a manifold they would never leave it.
+    """
+    parts = name.split(".")
+    if any(part.startswith("lora_") for part in parts):
+        return True
+    for i in range(len(parts)):
+        module: Any = model.get_submodule(".".join(parts[:i]))
+        if parts[i] in getattr(module, "adapter_layer_names", ()):
+            return True
+    return False
+
+
+def _parameter_groups(
+    model: nn.Module, plan: POMPlan, layer_decay: float | None, no_weight_decay: bool | Sequence[str]
+) -> list[dict[str, Any]]:
+    """The trainable parameters, split by what their groups must say of them."""
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay: {layer_decay!r} is not in (0, 1]")
+    factors = {} if layer_decay is None else layer_decay_factors(model, layer_decay)
+    free = _free_of_weight_decay(model, plan, no_weight_decay)
+    found: dict[tuple[str, bool, float], list[Tensor]] = {}
+    trainable = [p for p in plan.names if p.requires_grad]
+    for kind, params in (
+        ("pom", [p for p in trainable if p in plan.weights]),
+        ("euclidean", [p for p in trainable if p not in plan.weights]),
+    ):
+        for p in params:
+            found.setdefault((kind, p in free, factors.get(p, 1.0)), []).append(p)
+    groups = []
+    for (kind, is_free, factor), params in found.items():
+        group: dict[str, Any] = {"params": params, "name": kind}
+        if is_free:
+            group |= {"weight_decay": 0.0, "name": f"{kind}, no weight decay"}
+        if factor != 1.0:
+            group |= {"lr_factor": factor, "name": f"{group['name']}, lr x {factor:.3g}"}
+        groups.append(group)
+    return groups
+
+
+def _free_of_weight_decay(model: nn.Module, plan: POMPlan, which: bool | Sequence[str]) -> set[Tensor]:
+    if which is False:
+        return set()
+    if which is not True:
+        return Selector(model, *_parameters(model)).find("no_weight_decay", which)
+    free = {p for p, name in plan.names.items() if p.ndim <= 1 or plan.euclidean.get(name) in ("bias", "norm", "gain")}
+    for module in model.modules():
+        exempt: Any = getattr(module, "no_weight_decay", None)
+        if callable(exempt):
+            listed = exempt()
+            free |= {p for name, p in module.named_parameters() if name in listed}
+    return free
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -155,58 +313,15 @@ def layer_seed(seed: int, name: str) -> int:
     return (seed * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode())) % 2**63
 
 
-def _reason(
-    p: Tensor,
-    name: str,
-    module: nn.Module,
-    cut: Cutting | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    is_head: bool,
-) -> str:
-    """Why a parameter stays Euclidean; "" where it does not."""
-    if cut is None:
-        return "not the weight of a Linear layer or a convolution"
-    if include is not None and not _matches(name, include):
-        return "not in include"
-    if exclude is not None and _matches(name, exclude):
-        return "in exclude"
-    if is_head:
-        return "classifier head"
-    if normalizes_weight(module):
-        return "its layer normalises the weight itself"
-    if not p.is_floating_point():
-        return f"dtype {p.dtype}"
-    if cut.n * cut.p < 2:
-        return "components of a single number"
-    return ""
-
-
-def normalizes_weight(module: nn.Module) -> bool:
-    """Whether the forward of a layer divides its weight by the weight's own norm."""
-    return type(module).__name__ in _STANDARDIZED
-
-
-def _head_parameters(model: nn.Module) -> set[Tensor]:
-    with_head: Iterator[Any] = (m for m in model.modules() if callable(getattr(m, "get_classifier", None)))
-    heads = [m.get_classifier() for m in with_head]
-    flat: Iterator[Any] = (m for head in heads for m in (head if isinstance(head, (tuple, list)) else (head,)))
-    return {p for m in flat if isinstance(m, nn.Module) for p in m.parameters()}
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_patterns(argument: str, patterns: Sequence[str] | None, names: Any) -> None:
-    if isinstance(patterns, str):
-        raise ValueError(f"{argument}: {patterns!r} is one string; give a list of patterns, [{patterns!r}]")
-    for pattern in patterns or ():
-        if not any(fnmatchcase(name, pattern) for name in names):
-            some = ", ".join(repr(name) for name in list(names)[:3])
-            raise ValueError(
-                f"{argument}: the pattern {pattern!r} matches no parameter; it is a glob on names such as {some}"
-            )
+def check_override(pattern: str, change: Any, settings: dict[str, Any], seed: int) -> None:
+    if not isinstance(change, Mapping) or not set(change) <= set(_OVERRIDABLE):
+        raise ValueError(
+            f"overrides: {pattern!r} has {change!r}; give a mapping of some of {', '.join(_OVERRIDABLE)} to their values"
+        )
+    try:
+        check_choices(**(settings | dict(change)), seed=seed)
+    except ValueError as error:
+        raise ValueError(f"overrides: {pattern!r}: {error}") from error
 
 
 def check_choices(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd.components import Cutting
-from lightning_fgsgd.grouping import IndexSets
+from lightning_fgsgd.grouping import IndexSets, pack, unpack
 from lightning_fgsgd.manifolds import Manifold, get_manifold, wide
 from lightning_fgsgd.plan import PlannedWeight, layer_seed
 
@@ -61,17 +61,26 @@ class POM:
         name: name of the weight, for messages.
         cutting: how it is cut into components.
         sets: index sets of the components.
+        scheme: how they were drawn.
         start: ``"preserve"``, ``"project"`` or ``"random"``.
         scales: compact scale S for each manifold that occurs, by name.
         radius: R of each component, (k,).
     """
 
     def __init__(
-        self, name: str, cutting: Cutting, sets: IndexSets, start: str, scales: dict[str, Tensor], radius: Tensor
+        self,
+        name: str,
+        cutting: Cutting,
+        sets: IndexSets,
+        scheme: str,
+        start: str,
+        scales: dict[str, Tensor],
+        radius: Tensor,
     ) -> None:
         device = radius.device
         self.name = name
         self.cutting = cutting
+        self.scheme = scheme
         self.start = start
         self.sets = IndexSets(sets.manifold_names, sets.manifold.to(device), sets.group.to(device))
         self.radius = radius
@@ -123,7 +132,7 @@ class POM:
         if planned.start != "preserve":
             weight.copy_(cutting.join(omega))
         radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
-        return cls(planned.name, cutting, sets, planned.start, scales, radius)
+        return cls(planned.name, cutting, sets, planned.scheme, planned.start, scales, radius)
 
     # Geometry -------------------------------------------------------------------------------------------------------
 
@@ -234,6 +243,22 @@ class POM:
         weight.copy_(self.cutting.join(omega))
 
     @torch.no_grad()
+    def project(self, weight: Tensor) -> None:
+        """Bring a stray weight to the nearest point of its manifolds {R q S}, in place.
+
+        The nearest q to v is the unit projection of v · S: on Stiefel the polar factor of vS, whatever the rank of S.
+        """
+        omega = self.cutting.cut(working(weight)).clone()
+        points = [
+            part.manifold.project(
+                part.manifold.scaled(omega[part.index], part.scale) / self.radius[part.index, None, None]
+            )
+            for part in self.parts
+        ]
+        self.set_points(omega, points)
+        weight.copy_(self.cutting.join(omega))
+
+    @torch.no_grad()
     def distance(self, weight: Tensor) -> float:
         """Largest relative violation: ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F, over the components."""
         omega = wide(self.cutting.cut(weight))
@@ -288,25 +313,33 @@ class POM:
             "n": self.cutting.n,
             "p": self.cutting.p,
             "start": self.start,
-            "manifold_names": list(self.sets.manifold_names),
-            "manifold": self.sets.manifold,
-            "group": self.sets.group,
-            "radius": self.radius,
+            **pack(self.sets, self.cutting, self.scheme),
+            "radius": self._radius_by_channel(),
             # A unit scale is known from the start, and not stored.
             "scale": {part.manifold.name: part.scale for part in self.parts} if self.start == "preserve" else {},
         }
+
+    def _radius_by_channel(self) -> Tensor:
+        """R, once for all the components that read the same features where it is the same for them."""
+        reads = self.cutting.reads().to(self.radius.device)
+        by_channel = self.radius.new_empty(int(reads.max()) + 1)
+        by_channel[reads] = self.radius
+        return by_channel if torch.equal(by_channel[reads], self.radius) else self.radius
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
         """The POM of ``weight`` that :meth:`state_dict` described, on the weight's device."""
         like = working(weight)
-        sets = IndexSets(tuple(state["manifold_names"]), state["manifold"].clone(), state["group"].clone())
+        sets = unpack(state, cutting)
         scales = {name: scale.to(like) for name, scale in state["scale"].items()}
         if state["start"] != "preserve":
             omega = cutting.cut(like)
             for i, name in enumerate(sets.manifold_names):
                 scales[name] = get_manifold(name).unit_scale(omega[(sets.manifold == i).to(omega.device)])
-        return cls(state["name"], cutting, sets, state["start"], scales, state["radius"].to(like, copy=True))
+        radius = state["radius"].to(like, copy=True)
+        if len(radius) != cutting.count:
+            radius = radius[cutting.reads().to(radius.device)]
+        return cls(state["name"], cutting, sets, state.get("scheme", "pio"), state["start"], scales, radius)
 
     def __repr__(self) -> str:
         cutting = self.cutting

@@ -448,7 +448,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_names_the_weights(tiny,
 
 
 def test_huge_and_tiny_gradients_move_the_weights_on_their_manifolds(tiny):
-    for size in (1e17, 1e-30, 0.0):
+    for size in (1e16, 1e-30, 0.0):
         for rho in (1.0, None, "average"):
             optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, rho=rho)
             for p in tiny.parameters():

@@ -21,7 +21,8 @@ def test_every_other_parameter_has_a_reason(tiny):
     assert len(plan.weights) + len(plan.euclidean) == len(list(tiny.parameters()))
     assert plan.euclidean["up.weight"] == "in exclude"
     assert plan.euclidean["head.weight"] == "classifier head"
-    assert plan.euclidean["conv.bias"] == "not the weight of a Linear layer or a convolution"
+    assert plan.euclidean["conv.bias"] == "bias"
+    assert plan.euclidean["norm.weight"] == "norm"
 
 
 def test_the_head_rule_can_be_lifted(tiny):

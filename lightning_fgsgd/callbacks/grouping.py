@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_fgsgd.describe import describe
 from lightning_fgsgd.optimizer import FGSGD
-from lightning_fgsgd.plan import DEFAULT_MANIFOLDS, POMParamGroups, check_choices, pom_param_groups
+from lightning_fgsgd.plan import DEFAULT_MANIFOLDS, POMParamGroups, check_choices, check_override, pom_param_groups
 
 __all__ = ["POMGrouping"]
 
@@ -20,12 +21,16 @@ class POMGrouping(Callback):
     With :class:`~lightning_fgsgd.FGSGDMixin`, ``configure_optimizers`` groups with the settings given here. Without it,
     ``configure_optimizers`` returns an ``FGSGD(self.parameters(), ...)`` of its own, and this callback constrains it.
 
-    The arguments are those of :func:`~lightning_fgsgd.pom_param_groups`.
+    The arguments are those of :func:`~lightning_fgsgd.pom_param_groups`, and
+
+    Args:
+        verbose: print :func:`~lightning_fgsgd.describe`'s table when fitting starts.
 
     Raises:
         ValueError: a wrong argument; those that depend on the model when fitting starts.
         MisconfigurationException: there is no FGSGD to constrain, or it is constrained already by
-            ``pom_param_groups`` with settings that this callback cannot know.
+            ``pom_param_groups`` with settings that this callback cannot know; or ``layer_decay`` or ``no_weight_decay`` is
+            asked for where the module makes its parameter groups itself.
 
     Example::
 
@@ -42,20 +47,35 @@ class POMGrouping(Callback):
         groups: int | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        normalized: bool = False,
+        layer_decay: float | None = None,
+        no_weight_decay: bool | Sequence[str] = False,
         seed: int = 0,
+        verbose: bool = False,
     ) -> None:
-        check_choices(scheme, manifolds, start, cutting, block_size, groups, seed)
-        self.settings: dict[str, Any] = {
+        each = {
             "scheme": scheme,
-            "manifolds": tuple(manifolds),
+            "manifolds": manifolds if isinstance(manifolds, str) else tuple(manifolds),
             "start": start,
             "cutting": cutting,
             "block_size": block_size,
             "groups": groups,
+        }
+        check_choices(**each, seed=seed)  # type: ignore[arg-type]
+        for pattern, change in (overrides or {}).items():
+            check_override(pattern, change, each, seed)
+        self.settings: dict[str, Any] = {
+            **each,
             "include": include,
             "exclude": exclude,
+            "overrides": overrides,
+            "normalized": normalized,
+            "layer_decay": layer_decay,
+            "no_weight_decay": no_weight_decay,
             "seed": seed,
         }
+        self.verbose = verbose
         self._groups: POMParamGroups | None = None
 
     def param_groups(self, model: nn.Module) -> POMParamGroups:
@@ -67,8 +87,15 @@ class POMGrouping(Callback):
         self._groups = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if self._groups is not None:
-            return  # the mixin asked for them in configure_optimizers
+        if self._groups is None:  # otherwise the mixin asked for them in configure_optimizers
+            self._constrain(trainer, pl_module)
+        if self.verbose and trainer.is_global_zero:
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, FGSGD):
+                    describe(optimizer)
+
+    def _constrain(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Constrain the optimizers that the module made without us."""
         optimizers = [o for o in trainer.optimizers if isinstance(o, FGSGD)]
         if not optimizers:
             names = ", ".join(type(o).__name__ for o in trainer.optimizers) or "no optimizer"
@@ -81,6 +108,12 @@ class POMGrouping(Callback):
                 "POMGrouping: configure_optimizers has grouped the weights already, with pom_param_groups; "
                 "leave out one of the two"
             )
+        for name in ("layer_decay", "no_weight_decay"):
+            if self.settings[name]:
+                raise MisconfigurationException(
+                    f"POMGrouping: {name} splits parameter groups, and configure_optimizers made its own; inherit from "
+                    f"FGSGDMixin, or return FGSGD(pom_param_groups(self, {name}={self.settings[name]!r}), lr=...)"
+                )
         plan = self.param_groups(pl_module).plan
         for optimizer in optimizers:
             optimizer.constrain(plan)

@@ -15,8 +15,8 @@ from lightning_fgsgd.bounds import CHECKS, LayerNorms, layer_norms, table1
 from lightning_fgsgd.components import cutting_of
 from lightning_fgsgd.norms import Norms, group_norms
 from lightning_fgsgd.optimizer import FGSGD
-from lightning_fgsgd.plan import normalizes_weight
 from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.reasons import normalizes_weight
 
 __all__ = ["NormBoundMonitor"]
 

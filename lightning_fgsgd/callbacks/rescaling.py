@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fgsgd import scaling
 from lightning_fgsgd._lightning import (
@@ -18,6 +17,7 @@ from lightning_fgsgd._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_fgsgd.features import FeatureReader
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.statistics import FeatureStd
@@ -29,7 +29,9 @@ class FeatureStdRescaling(Callback):
     """Rescale the manifolds by the standard deviation λ of the features that enter their layers.
 
     During training, forward hooks stream each constrained layer's input into a :class:`~lightning_fgsgd.FeatureStd`: one λ
-    per input channel for kernels, one over the fan-in (of the conv group) for blocks. When the next epoch starts (so that
+    per input channel for kernels, one over the fan-in (of the conv group) for blocks. Weights that are used without a call
+    of their layer are read too (:class:`~lightning_fgsgd.features.FeatureReader`); where a layer's features cannot be seen,
+    that is said once and its R stays. When the next epoch starts (so that
     what was validated and saved is what was trained), R = γ/λ is set, or with ``start="preserve"`` R = λ¹/λ, where λ¹
     belongs to the first epoch that was gathered. Sanity checking and validation are not read.
 
@@ -69,12 +71,12 @@ class FeatureStdRescaling(Callback):
         self.every_n_batches = every_n_batches
         self.history: list[dict[str, Any]] = []
         self._metrics: dict[str, FeatureStd] = {}
-        self._handles: list[Any] = []
-        self._reading = False
+        self._reader: FeatureReader | None = None
+        self._reads = False
         self._said: set[str] = set()
         self._restored = False
-        # By layer: λ of the first epoch and of the last one, per component; moments of the epoch under way, when resumed;
-        # pixels of the output feature map.
+        # By layer: λ of the first epoch and of the last one, for each channel or conv group; moments of the epoch under
+        # way, when resumed; pixels of the output feature map.
         self._first: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
         self._resumed: dict[str, Tensor] = {}
@@ -110,14 +112,23 @@ class FeatureStdRescaling(Callback):
     def on_train_batch_start(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._reading = batch_idx % self.every_n_batches == 0
-        if not self._handles:  # a fit resumed in mid-epoch
+        if self._reader is None:  # a fit resumed in mid-epoch
             self._watch(trainer, pl_module)
+        self._reads = batch_idx % self.every_n_batches == 0
+        self._read(self._reads)
+
+    # Blocks that are checkpointed run forward again in the backward pass; they were read already.
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:  # noqa: D102
+        self._read(False)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._read(self._reads)  # manual optimization goes on with another forward pass
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._reading = False
+        self._reads = False
+        self._read(False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         layers = {}
@@ -155,52 +166,51 @@ class FeatureStdRescaling(Callback):
     # Gathering ------------------------------------------------------------------------------------------------------
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook every layer whose weight is constrained; layers that were unfrozen meanwhile join."""
-        owners: dict[Tensor, list[nn.Module]] = {}
-        for module in pl_module.modules():
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                owners.setdefault(weight, []).append(module)
+        """Watch every layer whose weight is constrained; layers that were unfrozen meanwhile join."""
         self._unhook()
+        poms: dict[Tensor, POM] = {}
         for optimizer in trainer.optimizers:
-            for param, pom in _poms(optimizer).items():
-                name = _layer(pom)
-                if name not in self._metrics:
-                    pools = pom.cutting.conv_groups if pom.cutting.kind == "filter" else None
-                    metric = self._metrics[name] = FeatureStd(pom.cutting.in_channels, pools)
-                    if param.device.type == "mps":
-                        metric.set_dtype(torch.float32)  # no float64 there
-                    metric.to(param.device)
-                    if name in self._resumed:
-                        metric.moments = self._resumed.pop(name).to(metric.moments)
-                        metric._update_count = 1
-                for module in owners.get(param, ()):
-                    self._handles.append(module.register_forward_hook(partial(self._read, name, pom)))
+            poms |= _poms(optimizer)
+        for param, pom in poms.items():
+            name = _layer(pom)
+            if name in self._metrics:
+                continue
+            pools = pom.cutting.conv_groups if pom.cutting.kind == "filter" else None
+            metric = self._metrics[name] = FeatureStd(pom.cutting.in_channels, pools)
+            if param.device.type == "mps":
+                metric.set_dtype(torch.float32)  # no float64 there
+            metric.to(param.device)
+            if name in self._resumed:
+                metric.moments = self._resumed.pop(name).to(metric.moments)
+                metric._update_count = 1
 
-    def _read(self, name: str, pom: POM, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not self._reading or not inputs or not isinstance(inputs[0], Tensor):
-            return
-        features = inputs[0].detach()
-        spatial = len(pom.cutting.kernel)
-        self._metrics[name].update(features, dim=-1 - spatial)
-        if isinstance(output, Tensor):
-            pixels = output.shape[-spatial:].numel() if spatial else output.shape[1:-1].numel()
-            self._feature_map[name] = pixels
+        def update(weight: Tensor, features: Tensor, dim: int) -> None:
+            self._metrics[_layer(poms[weight])].update(features, dim=dim)
+
+        def output(weight: Tensor, features: Tensor) -> None:
+            spatial = len(poms[weight].cutting.kernel)
+            pixels = features.shape[-spatial:].numel() if spatial else features.shape[1:-1].numel()
+            self._feature_map[_layer(poms[weight])] = pixels
+
+        self._reader = FeatureReader(pl_module, poms, update, output)
+
+    def _read(self, whether: bool) -> None:
+        if self._reader is not None:
+            self._reader.start() if whether else self._reader.stop()
 
     def _std(self, metric: FeatureStd, pom: POM) -> Tensor | None:
-        """λ of each component, (k,), over all processes; None where the layer's input was never seen."""
+        """λ of each input channel or conv group, over all processes; None where the layer's input was never seen."""
         if not metric.update_called:
             return None
         std = metric.compute().reshape(-1).to(pom.radius)
         metric.reset()
-        reads = pom.cutting.input_channel()
-        return std[(pom.cutting.conv_group() if reads is None else reads).to(std.device)]
+        return std
 
     def _unhook(self) -> None:
-        self._reading = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._reads = False
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     # Rescaling ------------------------------------------------------------------------------------------------------
 
@@ -210,11 +220,13 @@ class FeatureStdRescaling(Callback):
             for param, pom in optimizer.poms.items():
                 name = _layer(pom)
                 std = self._last.pop(name, None)
-                if std is None:
+                if std is None or not param.requires_grad:  # frozen weights stay as they are
                     continue
-                std = std.to(pom.radius)
+                reads = pom.cutting.reads().to(pom.radius.device)
+                std = std.to(pom.radius)[reads]
                 if pom.start == "preserve":
-                    new = scaling.preserved_radius(self._first[name].to(std), std, pom.radius, self.limit)
+                    first = self._first[name].to(std)[reads]
+                    new = scaling.preserved_radius(first, std, pom.radius, self.limit)
                 else:
                     size = scaling.gamma(pom.cutting, self.gamma, self._feature_map.get(name))
                     new = scaling.radius(size, std, self.clamp)

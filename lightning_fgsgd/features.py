@@ -1,0 +1,169 @@
+"""Reading what enters the layers of a model: the features whose standard deviation is λ."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import CondConv2d
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_fgsgd.components import CONVOLUTIONS
+from lightning_fgsgd.pom import POM
+
+__all__ = ["FeatureReader"]
+
+_CALLED = (nn.Linear, CondConv2d, *CONVOLUTIONS)
+_FUNCTIONS = {
+    F.linear,
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
+
+
+class FeatureReader:
+    """Shows the input of every constrained layer, however the model uses the layer's weight.
+
+    Forward hooks see the input of Linear layers, convolutions and recurrent layers that are called. Weights that are used
+    without a call of their layer (``F.linear(x, self.qkv.weight)``, ``nn.MultiheadAttention``, bare parameters) are watched
+    for in torch's own functions; that costs a little for each function called, so it stops where every weight's layer was
+    seen to be called. Not seen: weights that reach a function changed (cast, sliced, normalised), the hidden states between
+    the layers of a recurrent stack, the output projection of ``nn.MultiheadAttention``, and in compiled modules all but what
+    the hooks see.
+
+    Args:
+        model: holds the weights.
+        poms: the constrained weights.
+        update: is given the weight, its features and their channel axis.
+        output: is given the weight and the output of its layer, where that was called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        poms: Mapping[Tensor, POM],
+        update: Callable[[Tensor, Tensor, int], None],
+        output: Callable[[Tensor, Tensor], None],
+    ) -> None:
+        self._poms = poms
+        self._update = update
+        self._output = output
+        self._called: set[Tensor] = set()
+        self._reading = False
+        self._functions: _Functions | None = None
+        self._handles: list[Any] = []
+        modules = list(model.modules())
+        self._compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
+        for module in modules:
+            weights = {attr: p for attr, p in module._parameters.items() if p is not None and p in poms}
+            if not weights:
+                continue
+            if isinstance(module, _CALLED):
+                before = partial(self._before, weights["weight"])
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(partial(self._after, weights["weight"])))
+            elif isinstance(module, nn.RNNBase):
+                self._handles.append(module.register_forward_hook(partial(self._recurrent, weights)))
+            elif isinstance(module, nn.RNNCellBase):
+                self._handles.append(module.register_forward_hook(partial(self._cell, weights)))
+
+    def start(self) -> None:
+        """Read from now on."""
+        self._reading = True
+        if self._functions is None and not self._compiled and len(self._called) < len(self._poms):
+            self._functions = _Functions(self)
+            self._functions.__enter__()
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._reading = False
+        if self._functions is not None:
+            functions, self._functions = self._functions, None
+            functions.__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Read no more, and leave no hook behind."""
+        self.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # What is seen ---------------------------------------------------------------------------------------------------
+
+    def _show(self, weight: Tensor, features: Any, dim: int = -1) -> None:
+        channels = self._poms[weight].cutting.in_channels
+        if isinstance(features, Tensor) and features.ndim >= abs(dim) and features.shape[dim] == channels:
+            self._update(weight, features.detach(), dim)
+
+    def _axis(self, weight: Tensor) -> int:
+        """The channel axis of a layer's input."""
+        return -1 - len(self._poms[weight].cutting.kernel)
+
+    def _before(self, weight: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._reading:
+            self._called.add(weight)
+            self._show(weight, args[0] if args else kwargs.get("input", kwargs.get("x")), self._axis(weight))
+
+    def _after(self, weight: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._reading and isinstance(output, Tensor):
+            self._output(weight, output)
+
+    def _recurrent(self, weights: Mapping[str, Tensor], module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """The input of the first layer, and the hidden states of the last, one step late."""
+        if not self._reading:
+            return
+        self._called.update(weights.values())
+        hidden = output[0]
+        for attr, weight in weights.items():
+            kind, layer, reverse = re.fullmatch(r"weight_(ih|hh|hr)_l(\d+)(_reverse)?", attr).groups()  # type: ignore[union-attr]
+            if kind == "ih" and int(layer) == 0:
+                self._show(weight, getattr(args[0], "data", args[0]))
+            elif kind == "hh" and int(layer) == module.num_layers - 1 and isinstance(hidden, Tensor):
+                size, time = self._poms[weight].cutting.in_channels, 1 if module.batch_first and hidden.ndim == 3 else 0
+                own = hidden[..., size:] if reverse else hidden[..., :size]
+                own = own.flip(time) if reverse else own
+                first = torch.zeros_like(own.narrow(time, 0, 1)) if len(args) < 2 or args[1] is None else None
+                if first is not None:
+                    self._show(weight, torch.cat([first, own.narrow(time, 0, own.shape[time] - 1)], time))
+
+    def _cell(self, weights: Mapping[str, Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._reading:
+            return
+        self._called.update(weights.values())
+        state = args[1] if len(args) > 1 else None
+        for attr, weight in weights.items():
+            self._show(weight, args[0] if attr == "weight_ih" else state[0] if isinstance(state, tuple) else state)
+
+    def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A function of torch is called; show what it applies to a constrained weight that is not read otherwise."""
+        if func in _FUNCTIONS:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if type(weight) is nn.Parameter and weight in self._poms and weight not in self._called:
+                self._show(weight, args[0] if args else kwargs.get("input"), self._axis(weight))
+        elif func is F.multi_head_attention_forward:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            inputs = [given[name] for name in ("query", "key", "value")]
+            separate = [given.get(f"{name}_proj_weight") for name in ("q", "k", "v")]
+            weights = separate if given.get("use_separate_proj_weight") else [given["in_proj_weight"]] * 3
+            for weight, features in zip(weights, inputs, strict=True):
+                if weight is not None and weight in self._poms:
+                    self._show(weight, features)
+
+
+class _Functions(TorchFunctionMode):
+    """Tells a reader of every function of torch that is called."""
+
+    def __init__(self, reader: FeatureReader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._reader.function(func, args, kwargs)
+        return func(*args, **kwargs)
