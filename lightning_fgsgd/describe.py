@@ -149,10 +149,10 @@ def describe(
                 after = p.detach().clone()
                 POM.place(plan.weights[p], after)
                 placed[name] = p.detach(), after
-            elif plan.weights[p].start == "preserve":
-                row["change"] = 0.0
         else:
             row["reason"] = plan.euclidean.get(name, "")
+        if row["start"] == "preserve":
+            row["change"] = 0.0
         if name in placed:
             before, after = placed[name]
             row["change"] = float((after.double() - before.double()).norm() / before.double().norm())

@@ -260,16 +260,16 @@ class POM:
 
     @torch.no_grad()
     def distance(self, weight: Tensor) -> float:
-        """Largest relative violation: ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F, over the components."""
+        """Largest relative violation of a component, ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F; NaN if one has NaN."""
         omega = wide(self.cutting.cut(weight))
-        worst = 0.0
+        worst = [omega.new_zeros(())]
         for part in self.parts:
             target = part.manifold.target(wide(part.scale)) * wide(self.radius)[part.index, None].square()
             error = (part.manifold.fixed(omega[part.index]) - target).norm(dim=-1)
             norm = target.norm(dim=-1)
-            relative = torch.where(error > 0, error / norm, torch.zeros_like(error))  # a zero component may stay zero
-            worst = max(worst, float(relative.max()))
-        return worst
+            # A zero component may stay zero; NaN is not hidden.
+            worst.append(torch.where(error == 0, torch.zeros_like(error), error / norm).max())
+        return float(torch.stack(worst).max())
 
     def look(self, weight: Tensor) -> ProductOfManifolds:
         """What ``optimizer.pom`` shows."""

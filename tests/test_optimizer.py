@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -470,3 +471,97 @@ def test_the_state_of_half_precision_weights_keeps_its_precision_in_a_checkpoint
         mine, theirs = optimizer.state[model.weight][key], other.state[model.weight][key]
         assert mine.dtype == theirs.dtype == torch.float32
         assert torch.equal(mine, theirs)
+
+
+def stepped(model, optimizer):
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("start", ["preserve", "project"])
+def test_weights_that_others_moved_off_their_manifolds_are_noticed_once_and_start_from_the_nearest_point(tiny, start):
+    optimizer = FGSGD(pom_param_groups(tiny, start=start), lr=0.1, momentum=0.9)
+    stepped(tiny, optimizer)
+    nearest = copy.deepcopy(tiny.conv.weight)
+    with torch.no_grad():
+        tiny.conv.weight.add_(0.3 * torch.randn_like(tiny.conv.weight))
+        nearest.copy_(tiny.conv.weight)
+    optimizer.poms[tiny.conv.weight].project(nearest.data)
+    for p in tiny.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    with pytest.warns(UserWarning, match=r"1 constrained weights were changed by others .*conv\.weight \(\d+"):
+        optimizer.step()
+    torch.testing.assert_close(tiny.conv.weight, nearest, atol=1e-5, rtol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stepped(tiny, optimizer)
+
+
+def test_weights_that_are_written_to_and_stay_on_their_manifolds_are_not_reported(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    stepped(tiny, optimizer)
+    state = copy.deepcopy(tiny.state_dict())
+    stepped(tiny, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.load_state_dict(state)  # an earlier point of the same manifolds
+        optimizer.rescale(tiny.conv.weight, torch.full((24,), 2.0))
+        stepped(tiny, optimizer)
+
+
+def test_an_average_of_weights_is_noticed_by_the_next_step_and_can_be_brought_back(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=5.0)
+    average = torch.optim.swa_utils.AveragedModel(tiny)
+    for _ in range(4):
+        stepped(tiny, optimizer)
+        average.update_parameters(tiny)
+    tiny.load_state_dict(average.module.state_dict())
+    assert max(optimizer.distance(p) for p in optimizer.poms) > 1e-3
+    optimizer.project()
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stepped(tiny, optimizer)
+
+
+@pytest.mark.parametrize("start", ["preserve", "project"])
+@pytest.mark.parametrize("name", ["sphere", "oblique", "stiefel"])
+def test_bringing_a_weight_back_gives_the_nearest_point_of_its_manifold(name, start):
+    model = nn.Linear(6, 4, bias=False).double()
+    optimizer = FGSGD(pom_param_groups(model, manifolds=[name], block_size=2, start=start, exclude=()), lr=0.1)
+    optimizer.rescale(model.weight, torch.tensor([0.7, 1.5], dtype=torch.float64))
+    pom = optimizer.poms[model.weight]
+    on = model.weight.detach().clone()
+    stray = on + torch.randn_like(on)
+    model.weight.data.copy_(stray)
+    optimizer.project(model.weight)
+    best = (model.weight - stray).norm().item()
+    assert optimizer.distance(model.weight) < 1e-12
+    for _ in range(300):  # other points of the same manifolds are not nearer
+        omega = pom.cutting.cut(torch.randn_like(on) * 0.2 + model.weight.detach()).clone()
+        other = torch.nn.Parameter(pom.cutting.join(omega))
+        pom.project(other.data)
+        assert (other - stray).norm().item() >= best - 1e-9
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_constrained_weight_that_is_not_finite_stops_the_step_and_is_named(tiny, bad):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    stepped(tiny, optimizer)
+    with torch.no_grad():
+        tiny.linear.weight[0, 0] = bad
+    before = tiny.conv.weight.detach().clone()
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"hold values that are not finite: linear\.weight"):
+            stepped(tiny, optimizer)
+    assert torch.equal(tiny.conv.weight, before)
+
+
+def test_an_unchanged_lambda_changes_no_weight_by_a_bit(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    before = copy.deepcopy(tiny.state_dict())
+    for p, pom in optimizer.poms.items():
+        optimizer.rescale(p, torch.ones_like(pom.radius))
+    assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())

@@ -1,0 +1,178 @@
+"""λ is read for every weight, however the model uses it: against hooks and loops written here."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_fgsgd import FGSGD, FeatureStd, pom_param_groups
+from lightning_fgsgd.features import FeatureReader
+
+
+def read(model, *batches, backward=False, **settings):
+    """λ over the fan-in (or by channel) of every weight that was read, by name, and the number of features read."""
+    poms = FGSGD(pom_param_groups(model, exclude=(), **settings), lr=0.1).poms
+    metrics = {p: FeatureStd(pom.cutting.in_channels) for p, pom in poms.items()}
+    reader = FeatureReader(model, poms, lambda p, x, dim: metrics[p].update(x, dim=dim), lambda p, x: None)
+    for batch in batches:
+        reader.start()
+        out = model(*batch) if isinstance(batch, tuple) else model(batch)
+        if backward:
+            reader.stop()
+            out.sum().backward()
+    reader.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return {
+        poms[p].name: (metric.compute(), metric.moments[0, 0].item())
+        for p, metric in metrics.items()
+        if metric.update_called
+    }
+
+
+def std(x, dim=-1):
+    return x.detach().double().movedim(dim, 0).flatten(1).std(1, correction=0)
+
+
+class Functional(nn.Module):
+    """Weights whose layer is never called, and weights that have no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(6, 12)
+        self.bias = nn.Parameter(torch.randn(12))
+        self.weight = nn.Parameter(torch.randn(8, 12))
+        self.mix_weight = nn.Parameter(torch.randn(5, 4, 3, 3))
+
+    def forward(self, x):
+        x = F.linear(x, weight=self.qkv.weight, bias=self.bias)
+        x = torch.relu(F.linear(torch.tanh(x), self.weight))
+        return F.conv2d(x.reshape(-1, 4, 4, 4), self.mix_weight)
+
+
+def test_weights_that_are_used_through_functions_are_read():
+    model, x = Functional(), torch.randn(10, 8, 6) * torch.linspace(1, 3, 6)
+    found = read(model, x[:4], x[4:])
+    y = torch.tanh(F.linear(x, model.qkv.weight, model.bias))
+    z = torch.relu(F.linear(y, model.weight)).reshape(-1, 4, 4, 4)
+    assert set(found) == {"qkv.weight", "weight", "mix_weight"}
+    torch.testing.assert_close(found["qkv.weight"][0], std(x))
+    torch.testing.assert_close(found["weight"][0], std(y))
+    torch.testing.assert_close(found["mix_weight"][0], std(z, 1))
+
+
+def test_watching_functions_stops_where_every_layer_was_called():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    poms = FGSGD(pom_param_groups(model, exclude=()), lr=0.1).poms
+    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None)
+    watched = []
+    for _ in range(3):
+        reader.start()
+        watched.append(reader._functions is not None)
+        model(torch.randn(2, 3, 6, 6))
+        reader.stop()
+    assert watched == [True, False, False]
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_are_read_by_channel_in_any_memory_format(memory_format):
+    model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+    x = (torch.randn(5, 3, 7, 7) * torch.tensor([1.0, 2, 3]).view(3, 1, 1)).to(memory_format=memory_format)
+    torch.testing.assert_close(read(model, x)["weight"][0], std(x, 1))
+
+
+def test_layers_that_are_called_several_times_are_read_each_time():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(3 * self.layer(x) + 7)
+
+    model, x = Shared(), torch.randn(9, 4)
+    lam, count = read(model, x)["layer.weight"]
+    torch.testing.assert_close(lam, std(torch.cat([x, 3 * model.layer(x) + 7])))
+    assert count == 18
+
+
+def test_checkpointed_blocks_are_read_once():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    x = torch.randn(9, 4)
+    lam, count = read(Checkpointed(), x, backward=True)["layer.weight"]
+    torch.testing.assert_close(lam, std(x))
+    assert count == 9
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("kind", "cell"), [(nn.LSTM, nn.LSTMCell), (nn.GRU, nn.GRUCell), (nn.RNN, nn.RNNCell)])
+def test_recurrent_layers_show_their_inputs_and_their_hidden_states(kind, cell, batch_first):
+    layer = kind(3, 5, bidirectional=True, batch_first=batch_first)
+    x = torch.randn(7, 6, 3)  # (time, batch, features)
+    found = read(layer, x.transpose(0, 1) if batch_first else x)
+    for suffix, inputs in (("l0", x), ("l0_reverse", x.flip(0))):
+        loop = cell(3, 5)
+        loop.load_state_dict({name: getattr(layer, f"{name}_{suffix}") for name in loop.state_dict()})
+        state, hidden = None, [torch.zeros(6, 5)]
+        for step in inputs:
+            state = loop(step, state)
+            hidden.append(state[0] if isinstance(state, tuple) else state)
+        torch.testing.assert_close(found[f"weight_ih_{suffix}"][0], std(x))
+        torch.testing.assert_close(found[f"weight_hh_{suffix}"][0], std(torch.stack(hidden[:-1])))
+
+
+def test_a_recurrent_cell_shows_its_input_and_its_state():
+    cell, x, h, c = nn.LSTMCell(3, 5), torch.randn(8, 3), torch.randn(8, 5), torch.randn(8, 5)
+    found = read(cell, (x, (h, c)))
+    torch.testing.assert_close(found["weight_ih"][0], std(x))
+    torch.testing.assert_close(found["weight_hh"][0], std(h))
+
+
+def test_multi_head_attention_shows_the_input_of_its_projections():
+    attention, x, context = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8), 2 * torch.randn(6, 3, 8)
+    torch.testing.assert_close(read(attention, (x, x, x))["in_proj_weight"][0], std(x))
+    joint = torch.cat([x, context, context]).flatten(0, 1)
+    torch.testing.assert_close(read(attention, (x, context, context))["in_proj_weight"][0], std(joint))
+    separate = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+    k, v = torch.randn(6, 3, 4), torch.randn(6, 3, 6)
+    found = read(separate, (x, k, v))
+    for name, features in (("q", x), ("k", k), ("v", v)):
+        torch.testing.assert_close(found[f"{name}_proj_weight"][0], std(features))
+
+
+def test_reading_survives_an_error_in_the_model():
+    class Failing(Functional):
+        def forward(self, x):
+            super().forward(x)
+            raise RuntimeError("boom")
+
+    model = Failing()
+    poms = FGSGD(pom_param_groups(model), lr=0.1).poms
+    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None)
+    reader.start()
+    with pytest.raises(RuntimeError, match="boom"):
+        model(torch.randn(2, 8, 6))
+    reader.close()
+    reader.close()
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_reading_does_not_change_what_the_model_computes():
+    model, x = Functional(), torch.randn(3, 8, 6)
+    plain = model(x)
+    poms = FGSGD(pom_param_groups(model), lr=0.1).poms
+    reader = FeatureReader(model, poms, lambda p, x, dim: None, lambda *seen: None)
+    reader.start()
+    watched = model(x)
+    reader.close()
+    assert torch.equal(plain, watched)
+    watched.sum().backward()
+    assert model.weight.grad is not None
