@@ -46,10 +46,9 @@ class FGSGD(torch.optim.Optimizer):
             to a running average of the weights over 100 steps, group by group (one more tensor of the weights' size, and
             about twice the time). ``None`` turns the normalisation 𝔤 off.
         metric: the Riemannian metric, relative to the unit manifold's. ``"start"``: times the mean squared scale at
-            which the layer's components of each manifold started. The learning rate of plain SGD carries over, and
-            rescaling R does not change it. ``"unit"``: the unit manifold's own. ``"embedded"``: that of the space in
-            which ω stands, at radius R (the paper read literally). All three are the same where the start is not
-            ``"preserve"`` and R = 1. R_g, ρ and c are taken in the metric chosen.
+            which the layer's components of each manifold stood before they were placed. The learning rate of plain SGD
+            carries over, and rescaling R does not change it. ``"unit"``: the unit manifold's own. ``"embedded"``: that of
+            the space in which ω stands, at radius R (the paper read literally). R_g, ρ and c are taken in the metric chosen.
         foreach: as in ``torch.optim.SGD``, for the unconstrained parameters.
 
     Raises:

@@ -51,7 +51,8 @@ class _Part:
     index: Tensor  # which components, (j,)
     scale: Tensor  # S, compact
     inverse: Tensor  # its pseudo-inverse
-    size: Tensor  # mean square of S: the squared scale at which these weights started
+    size: Tensor  # mean square of S
+    origin: Tensor  # mean square of the scale at which these weights stood before they were placed
 
 
 class POM:
@@ -65,6 +66,7 @@ class POM:
         start: ``"preserve"``, ``"project"`` or ``"random"``.
         scales: compact scale S for each manifold that occurs, by name.
         radius: R of each component, (k,).
+        origins: mean square of the scale at which the weights of each manifold stood before they were placed, by name.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class POM:
         start: str,
         scales: dict[str, Tensor],
         radius: Tensor,
+        origins: dict[str, Tensor],
     ) -> None:
         device = radius.device
         self.name = name
@@ -91,10 +94,10 @@ class POM:
             if manifold_name == "euclidean" or index.numel() == 0:
                 continue
             manifold, scale = get_manifold(manifold_name), scales[manifold_name]
-            size = manifold.mean_square(scale)
-            size = torch.where(size > 0, size, torch.ones_like(size))
+            sizes = manifold.mean_square(scale), origins[manifold_name].to(scale)
+            size, origin = (torch.where(x > 0, x, torch.ones_like(x)) for x in sizes)
             inverse = manifold.inverse(scale) if start == "preserve" else scale  # elsewhere the scale is the identity
-            self.parts.append(_Part(manifold, index, scale, inverse, size))
+            self.parts.append(_Part(manifold, index, scale, inverse, size, origin))
         free = [i for i, manifold_name in enumerate(sets.manifold_names) if manifold_name == "euclidean"]
         self.euclidean = torch.isin(self.sets.manifold.long(), torch.tensor(free, device=device)).nonzero()[:, 0]
 
@@ -114,25 +117,25 @@ class POM:
             )
         cutting, sets = planned.cutting, planned.index_sets
         omega = cutting.cut(working(weight)).clone()
-        scales = {}
+        scales, origins = {}, {}
         generator = torch.Generator().manual_seed(layer_seed(planned.seed, planned.name) ^ 1)
         for i, manifold_name in enumerate(sets.manifold_names):
             index = (sets.manifold == i).nonzero()[:, 0].to(weight.device)
             if manifold_name == "euclidean" or index.numel() == 0:
                 continue
             manifold = get_manifold(manifold_name)
+            before = manifold.root(omega[index])
+            origins[manifold_name] = manifold.mean_square(before)
             if planned.start == "project":
                 omega[index] = manifold.project(omega[index])
             elif planned.start == "random":
                 shape = (index.numel(), cutting.n, cutting.p)
                 omega[index] = manifold.random(*shape, generator=generator, dtype=torch.float64).to(omega)
-            scales[manifold_name] = (
-                manifold.root(omega[index]) if planned.start == "preserve" else manifold.unit_scale(omega[index])
-            )
+            scales[manifold_name] = before if planned.start == "preserve" else manifold.unit_scale(omega[index])
         if planned.start != "preserve":
             weight.copy_(cutting.join(omega))
         radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
-        return cls(planned.name, cutting, sets, planned.scheme, planned.start, scales, radius)
+        return cls(planned.name, cutting, sets, planned.scheme, planned.start, scales, radius, origins)
 
     # Geometry -------------------------------------------------------------------------------------------------------
 
@@ -151,12 +154,13 @@ class POM:
     def metric(self, part: _Part, metric: str) -> Tensor:
         """m for which the metric on a part is m times that of its unit manifold; () or (j,).
 
-        ``"start"``: the squared scale at which the part's weights started, the mean of S²; it makes a step move ω about
-        as far as SGD moves it, and does not change when R does. ``"unit"``: 1. ``"embedded"``, the paper read
-        literally: R² times the mean of S², the metric of the space in which the weights stand now.
+        ``"start"``: the squared scale at which the part's weights stood before they were placed, which for a preserved start
+        is the mean of S². A step then turns a weight about as far as SGD would have turned it there, and that does not
+        change when R does. ``"unit"``: 1. ``"embedded"``, the paper read literally: R² times the mean of S², the metric of
+        the space in which the weights stand now.
         """
         if metric == "start":
-            return part.size
+            return part.origin
         if metric == "unit":
             return torch.ones_like(part.size)
         return part.size * self.radius[part.index].square()
@@ -317,6 +321,7 @@ class POM:
             "radius": self._radius_by_channel(),
             # A unit scale is known from the start, and not stored.
             "scale": {part.manifold.name: part.scale for part in self.parts} if self.start == "preserve" else {},
+            "origin": {part.manifold.name: part.origin for part in self.parts},
         }
 
     def _radius_by_channel(self) -> Tensor:
@@ -339,7 +344,10 @@ class POM:
         radius = state["radius"].to(like, copy=True)
         if len(radius) != cutting.count:
             radius = radius[cutting.reads().to(radius.device)]
-        return cls(state["name"], cutting, sets, state.get("scheme", "pio"), state["start"], scales, radius)
+        origins = state.get("origin") or {
+            name: get_manifold(name).mean_square(scale) for name, scale in scales.items() if name != "euclidean"
+        }
+        return cls(state["name"], cutting, sets, state.get("scheme", "pio"), state["start"], scales, radius, origins)
 
     def __repr__(self) -> str:
         cutting = self.cutting

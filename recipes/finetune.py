@@ -18,10 +18,10 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from lightning_fgsgd import FGSGD, FeatureStdRescaling, NormBoundMonitor, POMGrouping, export_timm
+from lightning_fgsgd import FGSGD, FeatureStdRescaling, NormBoundMonitor, POMGrouping, describe, export_timm
 from recipes.data import ImageData
 from recipes.model import LitClassifier
-from recipes.report import LearningCurve, plot_layers, plot_learning_curve, print_layers, print_summary
+from recipes.report import LearningCurve, plot_layers, plot_learning_curve, print_summary
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -84,7 +84,7 @@ class FinetuneCLI(LightningCLI):
         }
         console = Console(width=None if sys.stdout.isatty() else 160)
         if isinstance(optimizer, FGSGD):
-            print_layers(console, optimizer)
+            console.print(describe(optimizer, quiet=True))
         print_summary(console, optimizer, float(results[0]["test_accuracy"]), files)
 
 

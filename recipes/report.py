@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,29 +28,6 @@ class LearningCurve(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self.epochs = list(state_dict["epochs"])
-
-
-def print_layers(console: Console, optimizer: FGSGD) -> None:
-    """One row a constrained layer: how it is cut, grouped and shared out among the manifolds, and its range of R."""
-    table = Table(title="Weights on products of manifolds")
-    for column in ("layer", "weight", "cutting", "n x p", "components", "groups", "manifolds", "R"):
-        table.add_column(column, justify="right" if column in ("components", "groups") else "left", overflow="fold")
-    for param in optimizer.poms:
-        pom, look = optimizer.poms[param], optimizer.pom(param)
-        assert look is not None
-        counts = Counter(look.manifold_names[i] for i in look.manifold.tolist())
-        low, high = look.radius.aminmax()
-        table.add_row(
-            pom.name.removesuffix(".weight"),
-            "x".join(map(str, param.shape)),
-            pom.cutting.kind,
-            f"{pom.cutting.n} x {pom.cutting.p}",
-            str(pom.cutting.count),
-            str(pom.num_groups),
-            ", ".join(f"{counts[name]} {name}" for name in look.manifold_names if counts[name]),
-            f"{float(low):.3g}" if float(low) == float(high) else f"{float(low):.3g} to {float(high):.3g}",
-        )
-    console.print(table)
 
 
 def print_summary(console: Console, optimizer: Any, accuracy: float, files: Mapping[str, Sequence[Path | str]]) -> None:

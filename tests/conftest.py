@@ -1,8 +1,22 @@
 """Small things that many tests share."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests recorded as ``record_property("report", text)``."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for key, text in getattr(report, "user_properties", ()):
+                if key == "report":
+                    terminalreporter.write_line(text)
 
 
 @pytest.fixture(autouse=True)

@@ -70,9 +70,10 @@ class Reference:
         start: "preserve", or anything else for a unit scale.
         radius: R of each.
         metric: "start", "unit" or "embedded".
+        before: the components before they were placed; as they are by default.
     """
 
-    def __init__(self, components, names, group, start, radius, metric="start"):
+    def __init__(self, components, names, group, start, radius, metric="start", before=None):
         self.components, self.names, self.group, self.radius, self.metric = components, names, group, radius, metric
         self.scales = [
             scale_of(name, omega / r) if start == "preserve" else np.eye(omega.shape[1])
@@ -83,12 +84,14 @@ class Reference:
             for name, omega, s, r in zip(names, components, self.scales, radius, strict=True)
         ]
         self.buffers = None
+        self.origins = [scale_of(name, omega) for name, omega in zip(names, before or components, strict=True)]
 
     def _m(self, i):
         if self.names[i] == "euclidean" or self.metric == "unit":
             return 1.0
         same = [j for j, name in enumerate(self.names) if name == self.names[i]]
-        size = np.mean([np.trace(self.scales[j] @ self.scales[j]) / len(self.scales[j]) for j in same])
+        scales = self.scales if self.metric == "embedded" else self.origins
+        size = np.mean([np.trace(scales[j] @ scales[j]) / len(scales[j]) for j in same])
         return size * (self.radius[i] ** 2 if self.metric == "embedded" else 1.0)
 
     def step(self, grads, lr, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0, maximize=False, rho=1.0):

@@ -41,7 +41,8 @@ def references(model, optimizer, start, metric="start"):
         weight = p.detach().numpy().copy()
         components = reference.cut(weight, cutting.kind, cutting.p)
         names = [look.manifold_names[i] for i in look.manifold.tolist()]
-        args = components, names, look.group.tolist(), start, look.radius.tolist(), metric
+        before = reference.cut(optimizer.unplaced(p).numpy().copy(), cutting.kind, cutting.p)
+        args = components, names, look.group.tolist(), start, look.radius.tolist(), metric, before
         found[p] = weight, reference.Reference(*args)
     return found
 

@@ -84,7 +84,7 @@ def test_dimension_distance_and_curvature_are_made_of_the_factors():
 def test_an_fgsgd_step_is_the_step_of_each_groups_product():
     # Algorithm 1 written with Product: the definition, group by group.
     model = TinyNet().double()
-    optimizer = FGSGD(pom_param_groups(model, scheme="pi", groups=2, start="project"), lr=0.3)
+    optimizer = FGSGD(pom_param_groups(model, scheme="pi", groups=2, start="project"), lr=0.3, metric="unit")
     p = model.conv.weight
     look = optimizer.pom(p)
     p.grad = torch.randn_like(p)

@@ -31,7 +31,7 @@ def test_the_default_run_ends_on_the_manifolds_with_an_accuracy_of_97_percent(tm
     assert float(re.search(r"largest relative distance\s+│ (\S+)", text)[1]) <= 1e-5
     assert re.search(r"range of R\s+│ \S+ to \S+", text)
     assert re.search(
-        r"conv_head\s+│ 1280x320x1x1\s+│ filter\s+│ 320 x 16\s+│\s+80 │\s+3 │ 2\d sphere, 2\d oblique, 2\d stiefel",
+        r"conv_head\.weight\s+│ 1280x320x1x1\s+│ filter\s+│ 320 x 16\s+│\s+80 │\s+3 │ 2\d sphere, 2\d oblique, 2\d stiefel",
         text,
     )
     folder = tmp_path / "digits" / "version_0"

