@@ -72,7 +72,7 @@ def test_a_run_is_resumed_through_the_command_line(tmp_path):
     first, second = (s["optimizer_states"][0]["param_groups"][0]["pom"] for s in (a, b))
     assert len(first) == 49
     for x, y in zip(first, second, strict=True):
-        assert torch.equal(x["group"], y["group"])
+        assert torch.equal(x["slot"], y["slot"])
         assert torch.equal(x["manifold"], y["manifold"])
         for name in x["scale"]:
             assert torch.equal(x["scale"][name], y["scale"][name])
