@@ -1,6 +1,7 @@
 """λ is read for every weight, however the model uses it: against hooks and loops written here."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -146,6 +147,20 @@ def test_multi_head_attention_shows_the_input_of_its_projections():
     found = read(separate, (x, k, v))
     for name, features in (("q", x), ("k", k), ("v", v)):
         torch.testing.assert_close(found[f"{name}_proj_weight"][0], std(features))
+
+
+def test_naflex_inputs_are_read():
+    model = timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=64, num_heads=2, num_classes=3)
+    rows, columns = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
+    patches = torch.randn(2, 12, 768)
+    inputs = {
+        "patches": patches,
+        "patch_coord": torch.stack([rows.flatten(), columns.flatten()], -1).expand(2, -1, -1),
+        "patch_valid": torch.ones(2, 12, dtype=torch.bool),
+    }
+    found = read(model, inputs)
+    torch.testing.assert_close(found["embeds.proj.weight"][0], std(patches))
+    assert len(found) == 6  # patches, qkv, projection, two of the MLP, head
 
 
 def test_reading_survives_an_error_in_the_model():

@@ -20,7 +20,7 @@ def members(sets):
     return [(sets.group == g).nonzero()[:, 0].tolist() for g in range(sets.num_groups)]
 
 
-def test_the_example_of_the_design():
+def test_each_scheme_on_six_kernels_of_four_channels_and_three_manifolds():
     # 3x3 kernels, C = 4, D = 6, three manifolds: PI 4·3 POMs of 2 kernels, PO 6·3 of 1 or 2, PIO 3 of 8.
     layer = nn.Conv2d(4, 6, 3)
     sizes = {scheme: sorted(map(len, members(draw(layer, scheme)[1]))) for scheme in ("pi", "po", "pio")}

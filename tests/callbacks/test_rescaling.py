@@ -41,6 +41,19 @@ def test_projected_manifolds_are_rescaled_to_gamma_over_lambda(tmp_path):
     assert conv[0]["std"] == pytest.approx(first_layer_std().mean().item(), rel=1e-5)
 
 
+def test_gamma_read_literally_has_the_size_of_the_output_feature_map_from_the_hooks(tmp_path):
+    rescaling = FeatureStdRescaling(gamma="literal", clamp=False, every_n_batches=1)
+    fit = trainer(tmp_path, POMGrouping(start="project"), rescaling, max_epochs=2)
+    module = Frozen()
+    fit.fit(module, loader())
+    pom = fit.optimizers[0].poms[module.model.conv.weight]
+    expected = (4 * 9 + 6 * 36) ** -0.5 / first_layer_std()[pom.cutting.input_channel()]  # a 6 x 6 map of 6 channels
+    torch.testing.assert_close(pom.radius, expected.float())
+    linear = fit.optimizers[0].poms[module.model.linear.weight]
+    lam = rescaling.history[0]["layers"]["model.linear"]["std"]
+    torch.testing.assert_close(linear.radius, torch.full_like(linear.radius, (4 + 9) ** -0.5 / lam), rtol=1e-4, atol=0)
+
+
 def test_a_block_has_one_lambda_over_its_fan_in(tmp_path):
     seen = []
 
