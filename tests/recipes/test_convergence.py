@@ -173,7 +173,7 @@ def test_excess_and_gradient_fall_to_zero_where_the_constraint_set_contains_the_
 
 @pytest.mark.slow
 def test_decreasing_steps_come_closer_to_a_minimum_with_noise_than_constant_ones():
-    for name in ("linear, Stiefel, A general", "ReLU, one neuron, teacher of norm 2"):
+    for name in ("linear, Stiefel, A general", "linear, sphere, A outside"):
         runs = [converge(name, 0, 500, constant, 0) for constant in (False, True)]
         assert [run[0]["eq4"] for run in runs] == [True, False]
         decreasing, constant = (
