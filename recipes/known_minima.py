@@ -1,7 +1,8 @@
 """Networks whose least loss on their constraint set is known: what :mod:`recipes.convergence` trains.
 
 The inputs are Gaussian and the loss is the mean of ‖f(x) − y‖²/2, computed exactly. The least loss is 0, or what noise
-leaves, where the target is a network of the constraint set, and a formula where it is not.
+leaves, where the target is a network of the constraint set, and a formula where it is not. ``SWEPT`` also has networks on
+handwritten digits, whose least loss is not known.
 """
 
 from __future__ import annotations

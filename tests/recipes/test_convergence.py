@@ -24,6 +24,15 @@ DOCS = Path(__file__).parents[2] / "docs"
 COLUMNS = ["problem", "seed", "schedule", "eq4", "step", "lr", "loss", "minimum", "contained", "excess"]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These networks are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def normal(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
