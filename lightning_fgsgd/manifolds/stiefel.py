@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,9 @@ class Stiefel(Manifold):
         a, s = q.mT @ h, h.mT @ h
         identity = torch.eye(p, dtype=q.dtype, device=q.device).expand_as(a)
         block = torch.cat([torch.cat([a, -s], -1), torch.cat([identity, a], -1)], -2)
-        return torch.cat([q, h], -1) @ torch.linalg.matrix_exp(block)[..., :, :p] @ torch.linalg.matrix_exp(-a)
+        # exp(−a) as exp(I − a) / e: of a single matrix of norm 0.05, torch's matrix_exp is right to 2e-10 only.
+        turn = torch.linalg.matrix_exp(identity - a) / math.e
+        return torch.cat([q, h], -1) @ torch.linalg.matrix_exp(block)[..., :, :p] @ turn
 
     def dist(self, a: Tensor, b: Tensor) -> Tensor:
         """Length of the geodesic from ``a`` to ``b`` found by :meth:`log`; NaN where it finds none.
