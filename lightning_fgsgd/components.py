@@ -114,13 +114,13 @@ class Cutting:
 
     def _first_channel(self) -> Tensor:
         """Of kernels: the channel that the weight's first axis counts."""
-        return torch.arange(self.shape[0]).repeat_interleave(self.shape[1]).repeat(self.experts or 1)
+        return torch.arange(self.shape[0], device="cpu").repeat_interleave(self.shape[1]).repeat(self.experts or 1)
 
     def _second_channel(self) -> Tensor:
         """Of kernels: the channel that the weight's second axis counts, within its conv group."""
         first, second = self.shape[:2]
-        conv_group = torch.arange(first) // (first // self.conv_groups)
-        return (conv_group[:, None] * second + torch.arange(second)).flatten().repeat(self.experts or 1)
+        conv_group = torch.arange(first, device="cpu") // (first // self.conv_groups)
+        return (conv_group[:, None] * second + torch.arange(second, device="cpu")).flatten().repeat(self.experts or 1)
 
     def reads(self) -> Tensor:
         """Number of the features that each component reads, shape (k,): its input channel, or the conv group of a block."""
@@ -130,7 +130,7 @@ class Cutting:
     def conv_group(self) -> Tensor:
         """Conv group that each component belongs to, shape (k,)."""
         of_one = self.count // (self.experts or 1)
-        return (torch.arange(of_one) // (of_one // self.conv_groups)).repeat(self.experts or 1)
+        return (torch.arange(of_one, device="cpu") // (of_one // self.conv_groups)).repeat(self.experts or 1)
 
 
 def cutting_of(module: nn.Module, kind: str = "kernel", block_size: int = 16, attr: str = "weight") -> Cutting | None:

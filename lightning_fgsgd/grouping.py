@@ -81,16 +81,18 @@ def draw_index_sets(
     else:
         # Deal within each group: every group's own order of the manifolds, taken in turn by its members.
         turn = torch.nn.functional.one_hot(slot, per_pool).cumsum(1).gather(2, slot[..., None])[..., 0] - 1
-        order = torch.rand(pools, per_pool, len(manifolds), generator=generator).argsort(-1)
+        order = torch.rand(pools, per_pool, len(manifolds), generator=generator, device="cpu").argsort(-1)
         order = order.gather(1, slot[..., None].expand(-1, -1, len(manifolds)))
         manifold = order.gather(2, (turn % len(manifolds))[..., None])[..., 0]
 
-    group = slot + torch.arange(pools)[:, None] * per_pool
+    group = slot + torch.arange(pools, device="cpu")[:, None] * per_pool
     order = members.flatten()
     return IndexSets(
         tuple(manifolds),
-        torch.empty(cutting.count, dtype=torch.uint8).scatter_(0, order, manifold.flatten().to(torch.uint8)),
-        torch.empty(cutting.count, dtype=torch.int32).scatter_(0, order, group.flatten().to(torch.int32)),
+        torch.empty(cutting.count, dtype=torch.uint8, device="cpu").scatter_(
+            0, order, manifold.flatten().to(torch.uint8)
+        ),
+        torch.empty(cutting.count, dtype=torch.int32, device="cpu").scatter_(0, order, group.flatten().to(torch.int32)),
     )
 
 
@@ -124,7 +126,7 @@ def pool_size(cutting: Cutting, scheme: str) -> int:
 def _pools(cutting: Cutting, scheme: str) -> Tensor:
     """Number of the pool of each component, (k,)."""
     channel = {"pi": cutting.input_channel, "po": cutting.output_channel, "pio": lambda: None}[scheme]()
-    return torch.zeros(cutting.count, dtype=torch.long) if channel is None else channel
+    return torch.zeros(cutting.count, dtype=torch.long, device="cpu") if channel is None else channel
 
 
 def _deal(rows: int, length: int, labels: int, generator: torch.Generator) -> Tensor:
@@ -132,6 +134,6 @@ def _deal(rows: int, length: int, labels: int, generator: torch.Generator) -> Te
 
     Which labels get one place more is drawn, then all the places are shuffled.
     """
-    who = torch.rand(rows, labels, generator=generator).argsort(1)
-    even = who.gather(1, (torch.arange(length) % labels).expand(rows, -1))
-    return even.gather(1, torch.rand(rows, length, generator=generator).argsort(1))
+    who = torch.rand(rows, labels, generator=generator, device="cpu").argsort(1)
+    even = who.gather(1, (torch.arange(length, device="cpu") % labels).expand(rows, -1))
+    return even.gather(1, torch.rand(rows, length, generator=generator, device="cpu").argsort(1))

@@ -80,7 +80,7 @@ def _gram_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
 def _lanczos_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
     """The same by Lanczos' method, all groups at once: each step costs one look at the weight."""
     n = components.shape[-2]
-    v = torch.randn(groups, n, generator=torch.Generator().manual_seed(0)).to(components)
+    v = torch.randn(groups, n, generator=torch.Generator().manual_seed(0), device="cpu").to(components)
     v = v / v.norm(dim=-1, keepdim=True)
     basis = v.new_zeros(groups, 0, n)
     diagonal: list[Tensor] = []

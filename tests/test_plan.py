@@ -101,3 +101,25 @@ def test_wrong_settings_are_named_with_what_would_do(tiny, settings, message):
 def test_a_model_with_nothing_to_constrain_is_refused():
     with pytest.raises(ValueError, match="model: BatchNorm2d has no weight to constrain"):
         pom_param_groups(nn.BatchNorm2d(3))
+
+
+@pytest.mark.parametrize("start", ["preserve", "random"])
+def test_a_default_device_changes_neither_the_draws_nor_where_weights_are_placed(start):
+    # "meta" holds no values: whatever were drawn there would be lost.
+    def drawn():
+        groups = pom_param_groups(model, scheme="pi", groups=2, start=start, seed=5)
+        return groups, [w.index_sets for w in groups.plan.weights.values()]
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Linear(4, 4))
+    _, expected = drawn()
+    try:
+        torch.set_default_device("meta")
+        groups, found = drawn()
+        with torch.device("cpu"):
+            state = FGSGD(groups, lr=0.1).state_dict()
+    finally:
+        torch.set_default_device(None)
+    assert all(p["radius"].device.type == "cpu" for p in state["param_groups"][0]["pom"])
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.group, b.group)
+        assert torch.equal(a.manifold, b.manifold)

@@ -141,7 +141,9 @@ class FeatureStdRescaling(Callback):
                     self._say(name, f"the input of {name} was not seen in any forward pass; its R stays as it is")
                     continue
                 self._last[name] = std
-                self._first.setdefault(name, std)
+                # A channel that was dead at first has its λ¹ from the first epoch in which it lives.
+                first = self._first.get(name, std).to(std)
+                self._first[name] = torch.where(first > 0, first, std)
                 low, high = radius.aminmax()
                 layers[name] = torch.stack([std.mean(), radius.mean(), low, high])
         if not layers:

@@ -76,7 +76,9 @@ class Manifold(ABC):
 
     def random(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Points drawn uniformly on the unit manifold: the projection of a Gaussian matrix is uniform on all three."""
-        return self.project(torch.randn(*shape, generator=generator, dtype=dtype))
+        return self.project(
+            torch.randn(*shape, generator=generator, dtype=dtype, device=generator.device if generator else None)
+        )
 
     @abstractmethod
     def fixed(self, omega: Tensor) -> Tensor:

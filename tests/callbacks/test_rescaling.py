@@ -85,6 +85,27 @@ def test_preserved_manifolds_are_rescaled_by_the_ratio_of_lambdas(tmp_path):
     torch.testing.assert_close(module.model.conv.weight.detach(), before / 2)
 
 
+def test_a_channel_that_is_dead_at_first_has_its_first_lambda_from_when_it_lives(tmp_path):
+    class Waking(Callback):
+        """Channel 0 is 0 in the first epoch; from the third on all channels are twice as loud."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            x = trainer.train_dataloader.dataset.tensors[0]
+            if trainer.current_epoch == 0:
+                self.kept = x[:, 0].clone()
+                x[:, 0] = 0
+            if trainer.current_epoch == 1:
+                x[:, 0] = self.kept
+            if trainer.current_epoch == 2:
+                x.mul_(2)
+
+    fit = trainer(tmp_path, Waking(), FeatureStdRescaling(every_n_batches=1), max_epochs=4)
+    module = Frozen()
+    fit.fit(module, loader())
+    pom = fit.optimizers[0].poms[module.model.conv.weight]
+    torch.testing.assert_close(pom.radius, torch.full((24,), 0.5))
+
+
 def test_what_was_validated_is_what_was_trained(tmp_path):
     radii = []
 
