@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.callbacks import BackboneFinetuning, WeightAveraging
+from pytorch_lightning.callbacks import BackboneFinetuning
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -178,7 +178,8 @@ def test_mixup_and_timms_ema_work_beside_it(tmp_path):
 
 def test_lightnings_weight_averaging_works_beside_it(tmp_path):
     # It swaps the average in for validation and the trained weights back in after it: no step sees an average.
-    averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.8))
+    newer = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging", reason="of a newer Lightning")
+    averaging = newer.WeightAveraging(avg_fn=get_ema_avg_fn(0.8))
     module = LitTimm()
     fit = trainer(tmp_path, POMGrouping(start="project"), FeatureStdRescaling(), averaging, max_epochs=2)
     with warnings.catch_warnings():
