@@ -1,6 +1,8 @@
+import csv
 import importlib
 import inspect
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,19 @@ def test_every_reason_in_the_text_is_one_that_is_given():
     for reason in re.findall(r"^\| ([a-z][^|]*?) \|", text, flags=re.MULTILINE):
         for part in reason.split(", "):
             assert part in source or part == "reason", part
+
+
+def test_the_table_of_metrics_is_that_of_its_file():
+    with (DOCS / "metric.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for row in rows:
+        found.setdefault((row["start"] or "plain SGD", row["metric"] if row["start"] else ""), {}).setdefault(
+            row["lr"], []
+        ).append(float(row["error"]))
+    lines = re.findall(
+        r"^\| ([\w ]+) \| (\w*) *\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", MATHEMATICS, flags=re.MULTILINE
+    )
+    assert len(lines) == len(found) == 10
+    for start, metric, *errors in lines:
+        assert [f"{statistics.mean(found[start, metric][lr]):.1f}" for lr in ("0.02", "0.1", "0.5")] == errors
