@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from lightning_fgsgd import checks
 from lightning_fgsgd.plan import POMParamGroups, POMPlan
-from lightning_fgsgd.pom import METRICS, POM, ProductOfManifolds, working
+from lightning_fgsgd.pom import POM, ProductOfManifolds, working
 from lightning_fgsgd.stepsize import step_normalizer
 
 __all__ = ["FGSGD"]
 
-_LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
-_STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
 _AVERAGED_STEPS = 100  # how far back the running average of rho="average" reaches
 
 
@@ -86,7 +84,7 @@ class FGSGD(torch.optim.Optimizer):
             "metric": metric,
             "foreach": foreach,
         }
-        _check_options(defaults)
+        checks.options(defaults)
         self._poms: dict[Tensor, POM] = {}
         # What a weight was before it was placed, until the first step: a checkpoint that is loaded then finds the
         # weight as its own model state left it, not as a start that was drawn in between.
@@ -125,7 +123,7 @@ class FGSGD(torch.optim.Optimizer):
         """
         if "lr_factor" in param_group and "lr" not in param_group:
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
-        _check_options({**self.defaults, **param_group})
+        checks.options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._place(self.param_groups[-1:])
 
@@ -219,7 +217,7 @@ class FGSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        checks.gradients({pom.name: p.grad for p, pom in self._poms.items() if p.grad is not None})
         self._check_weights()
         self._unplaced.clear()
         for group in self.param_groups:
@@ -236,46 +234,11 @@ class FGSGD(torch.optim.Optimizer):
             self._step_free(free, group)
         return loss
 
-    def _check_gradients(self) -> None:
-        """One look at all gradients of constrained weights, and one answer to the host."""
-        grads = {pom.name: p.grad for p, pom in self._poms.items() if p.grad is not None}
-        # The norm of float16 values can overflow where none of them has.
-        read = [g.float() if g.dtype == torch.float16 else g for g in grads.values()]
-        if not read or float(torch.nn.utils.get_total_norm(read)) <= _LARGEST_GRADIENT:
-            return
-        norms = {name: float(g.double().norm()) for name, g in grads.items()}
-        bad = {name: norm for name, norm in norms.items() if not norm <= _LARGEST_GRADIENT} or norms
-        some = ", ".join(f"{name} ({norm:.3g})" for name, norm in list(bad.items())[:3])
-        raise FloatingPointError(
-            f"FGSGD: the gradients of {len(bad)} of {len(norms)} constrained weights are not finite, or their norm exceeds "
-            f"{_LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
-            "too high, a loss that is not finite, or NaN in the input"
-        )
-
     def _check_weights(self) -> None:
-        """Notice constrained weights that others have written to since the last step, and that left their manifolds."""
+        """Look at constrained weights that others have written to since the last step; bring stray ones back, and say so."""
         written = [p for p in self._poms if p.grad is not None and self._versions.get(p) != p._version]
-        stray = {}
-        for p in written:
-            distance = self.distance(p)
-            # Written to, and not astray: a checkpoint that was loaded, or an average that was swapped in and out.
-            if not distance <= _STRAY.get(p.dtype, 1e-3):
-                stray[p] = distance
-            self._versions[p] = p._version
-        if not stray:
-            return
-        names = ", ".join(f"{self._poms[p].name} ({distance:.2g})" for p, distance in list(stray.items())[:3])
-        if not all(math.isfinite(distance) for distance in stray.values()):
-            self._versions.clear()
-            raise FloatingPointError(
-                f"FGSGD: constrained weights hold values that are not finite: {names}; none was moved"
-            )
-        warnings.warn(
-            f"FGSGD: {len(stray)} constrained weights were changed by others and left their manifolds (relative distance of "
-            f"the first: {names}); this step starts from the nearest points on them. To take the changed weights as a new "
-            "start, make a new optimizer",
-            stacklevel=4,
-        )
+        stray = checks.stray_weights({p: (self._poms[p].name, self.distance(p)) for p in written})
+        self._versions |= {p: p._version for p in written}
         for p in stray:
             self.project(p)
 
@@ -435,26 +398,3 @@ class FGSGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}, "_versions": {}}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr: a tensor lr must hold one number, got shape {tuple(lr.shape)}")
-    for name in ("lr", "momentum", "weight_decay"):
-        if not (0.0 <= options[name] < math.inf):
-            raise ValueError(f"{name}: {options[name]} is not a finite number of at least 0")
-    if not math.isfinite(options["dampening"]):
-        raise ValueError(f"dampening: {options['dampening']} is not a finite number")
-    if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
-        raise ValueError(
-            "nesterov: it needs a momentum above 0 and no dampening, got "
-            f"momentum={options['momentum']}, dampening={options['dampening']}"
-        )
-    rho = options["rho"]
-    if rho not in (None, "average") and (isinstance(rho, str) or not 0.0 <= rho < math.inf):
-        raise ValueError(
-            f"rho: {rho!r} is not a finite number of at least 0; 'average' estimates it, None turns the normalisation off"
-        )
-    if options["metric"] not in METRICS:
-        raise ValueError(f"metric: unknown metric {options['metric']!r}; choose from {', '.join(map(repr, METRICS))}")

@@ -1,0 +1,81 @@
+"""What FGSGD refuses, or warns of, before anything moves."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fgsgd.pom import METRICS
+
+__all__ = ["gradients", "options", "stray_weights"]
+
+_LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
+_STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
+
+
+def options(given: Mapping[str, Any]) -> None:
+    """Refuse options that are out of range, with what would be right."""
+    lr = given["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: a tensor lr must hold one number, got shape {tuple(lr.shape)}")
+    for name in ("lr", "momentum", "weight_decay"):
+        if not (0.0 <= given[name] < math.inf):
+            raise ValueError(f"{name}: {given[name]} is not a finite number of at least 0")
+    if not math.isfinite(given["dampening"]):
+        raise ValueError(f"dampening: {given['dampening']} is not a finite number")
+    if given["nesterov"] and (given["momentum"] == 0 or given["dampening"] != 0):
+        raise ValueError(
+            "nesterov: it needs a momentum above 0 and no dampening, got "
+            f"momentum={given['momentum']}, dampening={given['dampening']}"
+        )
+    rho = given["rho"]
+    if rho not in (None, "average") and (isinstance(rho, str) or not 0.0 <= rho < math.inf):
+        raise ValueError(
+            f"rho: {rho!r} is not a finite number of at least 0; 'average' estimates it, None turns the normalisation off"
+        )
+    if given["metric"] not in METRICS:
+        raise ValueError(f"metric: unknown metric {given['metric']!r}; choose from {', '.join(map(repr, METRICS))}")
+
+
+def gradients(grads: Mapping[str, Tensor]) -> None:
+    """Refuse gradients of constrained weights that are not finite or too large: one look at all, one answer to the host."""
+    # The norm of float16 values can overflow where none of them has.
+    read = [g.float() if g.dtype == torch.float16 else g for g in grads.values()]
+    if not read or float(torch.nn.utils.get_total_norm(read)) <= _LARGEST_GRADIENT:
+        return
+    norms = {name: float(g.double().norm()) for name, g in grads.items()}
+    bad = {name: norm for name, norm in norms.items() if not norm <= _LARGEST_GRADIENT} or norms
+    some = ", ".join(f"{name} ({norm:.3g})" for name, norm in list(bad.items())[:3])
+    raise FloatingPointError(
+        f"FGSGD: the gradients of {len(bad)} of {len(norms)} constrained weights are not finite, or their norm exceeds "
+        f"{_LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
+        "too high, a loss that is not finite, or NaN in the input"
+    )
+
+
+def stray_weights(distances: Mapping[Tensor, tuple[str, float]]) -> list[Tensor]:
+    """Those weights that left their manifolds, after a warning; refuses weights that are not finite.
+
+    Not all that were written to are astray: a checkpoint may have been loaded, or an average swapped in and out.
+
+    Args:
+        distances: name and relative distance from its manifolds of each weight that others have written to.
+    """
+    stray = {p: found for p, found in distances.items() if not found[1] <= _STRAY.get(p.dtype, 1e-3)}
+    if not stray:
+        return []
+    names = ", ".join(f"{name} ({distance:.2g})" for name, distance in list(stray.values())[:3])
+    if not all(math.isfinite(distance) for _, distance in stray.values()):
+        raise FloatingPointError(f"FGSGD: constrained weights hold values that are not finite: {names}; none was moved")
+    warnings.warn(
+        f"FGSGD: {len(stray)} constrained weights were changed by others and left their manifolds (relative distance of "
+        f"the first: {names}); this step starts from the nearest points on them. To take the changed weights as a new "
+        "start, make a new optimizer",
+        stacklevel=5,
+    )
+    return list(stray)
