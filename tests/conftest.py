@@ -2,10 +2,14 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
 
+hypothesis.settings.register_profile("ci", derandomize=True)  # a change is judged by the same examples every time
+if "CI" in os.environ:
+    hypothesis.settings.load_profile("ci")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers, and the commands that they run, share the cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
