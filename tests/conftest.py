@@ -20,7 +20,7 @@ def pytest_terminal_summary(terminalreporter):
     for reports in terminalreporter.stats.values():
         for report in reports:
             for key, text in getattr(report, "user_properties", ()):
-                if key == "report":
+                if key == "report" and report.when == "call":
                     terminalreporter.write_line(text)
 
 
