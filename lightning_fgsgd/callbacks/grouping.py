@@ -54,7 +54,7 @@ class POMGrouping(Callback):
         seed: int = 0,
         verbose: bool = False,
     ) -> None:
-        each = {
+        each: dict[str, Any] = {
             "scheme": scheme,
             "manifolds": manifolds if isinstance(manifolds, str) else tuple(manifolds),
             "start": start,
@@ -62,7 +62,7 @@ class POMGrouping(Callback):
             "block_size": block_size,
             "groups": groups,
         }
-        check_choices(**each, seed=seed)  # type: ignore[arg-type]
+        check_choices(**each, seed=seed)
         for pattern, change in (overrides or {}).items():
             check_override(pattern, change, each, seed)
         self.settings: dict[str, Any] = {
