@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_fgsgd.pom import METRICS
 
-__all__ = ["gradients", "options", "stray_weights"]
+__all__ = ["LARGEST_GRADIENT", "gradients", "options", "stray_weights"]
 
-_LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
+LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
 _STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
 
 
@@ -46,14 +46,14 @@ def gradients(grads: Mapping[str, Tensor]) -> None:
     """Refuse gradients of constrained weights that are not finite or too large: one look at all, one answer to the host."""
     # The norm of float16 values can overflow where none of them has.
     read = [g.float() if g.dtype == torch.float16 else g for g in grads.values()]
-    if not read or float(torch.nn.utils.get_total_norm(read)) <= _LARGEST_GRADIENT:
+    if not read or float(torch.nn.utils.get_total_norm(read)) <= LARGEST_GRADIENT:
         return
     norms = {name: float(g.double().norm()) for name, g in grads.items()}
-    bad = {name: norm for name, norm in norms.items() if not norm <= _LARGEST_GRADIENT} or norms
+    bad = {name: norm for name, norm in norms.items() if not norm <= LARGEST_GRADIENT} or norms
     some = ", ".join(f"{name} ({norm:.3g})" for name, norm in list(bad.items())[:3])
     raise FloatingPointError(
         f"FGSGD: the gradients of {len(bad)} of {len(norms)} constrained weights are not finite, or their norm exceeds "
-        f"{_LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
+        f"{LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
         "too high, a loss that is not finite, or NaN in the input"
     )
 

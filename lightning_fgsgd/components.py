@@ -86,6 +86,30 @@ class Cutting:
             return x.mT if x.shape[-2] < x.shape[-1] else x
         return self._output_first(weight).reshape(-1, self.p, self.n).mT
 
+    @property
+    def small(self) -> bool:
+        """Whether a component is so small that it is worked on entry by entry (a 3x3 kernel), and not as a matrix."""
+        return self.kind == "kernel" and self.p <= 3 and self.n * self.p <= 16
+
+    def view(self, weight: Tensor) -> Tensor | None:
+        """The components as a view, (..., n, p), for geometry alone: None where the strides do not allow one.
+
+        The components come in the order of :meth:`cut`, kernels over two axes. The rows of a block come in the order in
+        which they lie in memory: that is the same for tensors of the same strides, and no manifold minds.
+        """
+        if self.kind == "kernel":
+            rows, columns = _matrix(self.kernel)
+            try:
+                x = weight.view(-1, self.shape[1], rows, columns)
+            except RuntimeError:
+                return None
+            return x.mT if rows < columns else x
+        if self.transposed:
+            return None
+        by_stride = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
+        dense = weight.permute(0, *by_stride)
+        return dense.view(-1, self.p, self.n).mT if dense.is_contiguous() else None
+
     def join(self, components: Tensor) -> Tensor:
         """The weight whose components are ``components`` (k, n, p): the inverse of :meth:`cut`."""
         if self.kind == "kernel":

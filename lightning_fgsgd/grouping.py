@@ -15,7 +15,7 @@ convolutions, the ``"filter"`` cutting) all three schemes draw over the layer's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,22 +30,43 @@ SCHEMES = ("pi", "po", "pio")
 
 @dataclass(frozen=True)
 class IndexSets:
-    """The groups of one layer's components.
+    """The groups of one layer's components: two bytes a component.
 
     Attributes:
         manifold_names: names of the manifolds, in the order in which the user gave them.
         manifold: index into ``manifold_names`` of each component, uint8 (k,).
-        group: number of the group of each component, int32 (k,); groups are numbered from 0.
+        slot: number of each component's group within its pool, (k,); uint8 where that is enough.
+        groups_in_pool: number of groups in each pool.
+        cutting: the components.
+        scheme: which pools they were drawn from.
     """
 
     manifold_names: tuple[str, ...]
     manifold: Tensor
-    group: Tensor
+    slot: Tensor
+    groups_in_pool: int
+    cutting: Cutting
+    scheme: str
+
+    @property
+    def num_pools(self) -> int:
+        """Number of pools."""
+        return int(pool_of(self.cutting, self.scheme).max()) + 1
 
     @property
     def num_groups(self) -> int:
         """Number of groups, G_l."""
-        return int(self.group.max()) + 1
+        return self.num_pools * self.groups_in_pool
+
+    @property
+    def group(self) -> Tensor:
+        """Number of the group of each component, int32 (k,): groups are numbered from 0, pool by pool."""
+        pool = pool_of(self.cutting, self.scheme).to(self.slot.device, torch.int32)
+        return pool * self.groups_in_pool + self.slot.to(torch.int32)
+
+    def to(self, device: torch.device) -> IndexSets:
+        """The same on another device."""
+        return replace(self, manifold=self.manifold.to(device), slot=self.slot.to(device))
 
 
 def draw_index_sets(
@@ -70,9 +91,11 @@ def draw_index_sets(
     Within a pool the sizes of the groups differ by at most one, and so do the numbers of groups that each manifold
     gets; which ones get the remainder is drawn too.
     """
-    pool = _pools(cutting, scheme)
-    members = pool.argsort(stable=True).reshape(int(pool.max()) + 1, -1)  # all pools of a layer have the same size
-    pools, size = members.shape
+    pool = pool_of(cutting, scheme)
+    pools = int(pool.max()) + 1
+    order = pool.argsort(stable=True) if pools > 1 else torch.arange(cutting.count, device="cpu")
+    members = order.reshape(pools, -1)  # all pools of a layer have the same size
+    size = members.shape[1]
     per_pool = min(len(manifolds) if groups is None else groups, size)
 
     slot = _deal(pools, size, per_pool, generator)
@@ -85,46 +108,39 @@ def draw_index_sets(
         order = order.gather(1, slot[..., None].expand(-1, -1, len(manifolds)))
         manifold = order.gather(2, (turn % len(manifolds))[..., None])[..., 0]
 
-    group = slot + torch.arange(pools, device="cpu")[:, None] * per_pool
     order = members.flatten()
-    return IndexSets(
-        tuple(manifolds),
-        torch.empty(cutting.count, dtype=torch.uint8, device="cpu").scatter_(
-            0, order, manifold.flatten().to(torch.uint8)
-        ),
-        torch.empty(cutting.count, dtype=torch.int32, device="cpu").scatter_(0, order, group.flatten().to(torch.int32)),
-    )
+
+    def in_order(values: Tensor) -> Tensor:
+        dtype = torch.uint8 if int(values.max()) < 256 else torch.int32
+        return torch.empty(cutting.count, dtype=dtype, device="cpu").scatter_(0, order, values.flatten().to(dtype))
+
+    return IndexSets(tuple(manifolds), in_order(manifold), in_order(slot), per_pool, cutting, scheme)
 
 
-def pack(sets: IndexSets, cutting: Cutting, scheme: str) -> dict[str, Any]:
-    """The index sets as plain tensors, two bytes a component: a group is its known pool, and its number in there."""
-    per_pool = sets.num_groups // (int(_pools(cutting, scheme).max()) + 1)
-    slot = sets.group % per_pool
+def pack(sets: IndexSets) -> dict[str, Any]:
+    """The index sets as plain tensors and strings; the cutting is described elsewhere."""
     return {
-        "scheme": scheme,
+        "scheme": sets.scheme,
         "manifold_names": list(sets.manifold_names),
         "manifold": sets.manifold,
-        "groups_in_pool": per_pool,
-        "slot": slot.to(torch.uint8 if per_pool <= 256 else torch.int32),
+        "groups_in_pool": sets.groups_in_pool,
+        "slot": sets.slot,
     }
 
 
 def unpack(state: Mapping[str, Any], cutting: Cutting) -> IndexSets:
     """The index sets that :func:`pack` packed, on the CPU."""
-    names, manifold = tuple(state["manifold_names"]), state["manifold"].cpu().clone()
-    if "group" in state:  # a checkpoint of before they were packed
-        return IndexSets(names, manifold, state["group"].cpu().clone())
-    pool = _pools(cutting, state["scheme"]).to(torch.int32)
-    return IndexSets(names, manifold, pool * state["groups_in_pool"] + state["slot"].cpu().to(torch.int32))
+    manifold, slot = state["manifold"].cpu().clone(), state["slot"].cpu().clone()
+    return IndexSets(tuple(state["manifold_names"]), manifold, slot, state["groups_in_pool"], cutting, state["scheme"])
 
 
 def pool_size(cutting: Cutting, scheme: str) -> int:
     """Number of components in each pool of a layer."""
-    return cutting.count // (int(_pools(cutting, scheme).max()) + 1)
+    return cutting.count // (int(pool_of(cutting, scheme).max()) + 1)
 
 
-def _pools(cutting: Cutting, scheme: str) -> Tensor:
-    """Number of the pool of each component, (k,)."""
+def pool_of(cutting: Cutting, scheme: str) -> Tensor:
+    """Number of the pool of each component, int64 (k,)."""
     channel = {"pi": cutting.input_channel, "po": cutting.output_channel, "pio": lambda: None}[scheme]()
     return torch.zeros(cutting.count, dtype=torch.long, device="cpu") if channel is None else channel
 

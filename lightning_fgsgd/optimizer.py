@@ -13,12 +13,10 @@ from torch.optim.sgd import sgd
 
 from lightning_fgsgd import checks
 from lightning_fgsgd.plan import POMParamGroups, POMPlan
-from lightning_fgsgd.pom import POM, ProductOfManifolds, working
-from lightning_fgsgd.stepsize import step_normalizer
+from lightning_fgsgd.pom import POM, ProductOfManifolds
+from lightning_fgsgd.update import Update, compiles
 
 __all__ = ["FGSGD"]
-
-_AVERAGED_STEPS = 100  # how far back the running average of rho="average" reaches
 
 
 class FGSGD(torch.optim.Optimizer):
@@ -48,6 +46,9 @@ class FGSGD(torch.optim.Optimizer):
             carries over, and rescaling R does not change it. ``"unit"``: the unit manifold's own. ``"embedded"``: that of
             the space in which ω stands, at radius R (the paper read literally). R_g, ρ and c are taken in the metric chosen.
         foreach: as in ``torch.optim.SGD``, for the unconstrained parameters.
+        compile: step small kernels by C++ made from the step itself, in one pass over memory (on a CPU, in float32 and
+            float64). ``None``: where there is a compiler; says so once where there is none. ``False``: by torch's own
+            operations, as all other weights.
 
     Raises:
         ValueError: an argument out of range, or a weight to be placed that holds NaN or infinite values.
@@ -72,6 +73,7 @@ class FGSGD(torch.optim.Optimizer):
         rho: float | str | None = 1.0,
         metric: str = "start",
         foreach: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -83,8 +85,11 @@ class FGSGD(torch.optim.Optimizer):
             "rho": rho,
             "metric": metric,
             "foreach": foreach,
+            "compile": compile,
         }
         checks.options(defaults)
+        if compile:
+            compiles(True)
         self._poms: dict[Tensor, POM] = {}
         # What a weight was before it was placed, until the first step: a checkpoint that is loaded then finds the
         # weight as its own model state left it, not as a start that was drawn in between.
@@ -143,8 +148,7 @@ class FGSGD(torch.optim.Optimizer):
                 self._versions[p] = p._version
                 buffer = self.state[p].get("momentum_buffer") if p in self.state else None
                 if buffer is not None:  # of plain SGD, whose weights are constrained only now
-                    cut, points = pom.cutting.cut, pom.unit_points(pom.cutting.cut(working(p)))
-                    buffer.copy_(pom.cutting.join(pom.tangent_gradient(points, cut(buffer), group["metric"])))
+                    self.state[p]["momentum_buffer"] = pom.riemannian(p.detach(), buffer, group["metric"])
                 if count := pom.zero_components():
                     zero[pom.name] = count
         if zero:
@@ -217,22 +221,62 @@ class FGSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        checks.gradients({pom.name: p.grad for p, pom in self._poms.items() if p.grad is not None})
-        self._check_weights()
+        updates = self._updates()
+        norms = self._norms(updates)  # looks for gradients that are not finite, before anything moves
         self._unplaced.clear()
+        left = []
+        for update, of_groups in zip(updates, norms, strict=True):
+            shares = update.shares(of_groups)
+            if update.pom.constrains:
+                left.append((update, shares, update.move(shares)))
+            else:
+                update.move_freely(shares)
+        # One answer to the host: steps that are too long for the fast retraction are as good as never taken.
+        if left and not bool(torch.stack([moved.all() for _, _, moved in left]).all()):
+            for update, shares, moved in left:
+                if not bool(moved.all()):
+                    update.move_far(shares, moved)
+        for update in updates:
+            self._versions[update.weight] = update.weight._version
         for group in self.param_groups:
-            free = []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                pom = self._poms.get(p)
-                if pom is None or (not pom.parts and group["rho"] is None):
-                    free.append(p)
-                else:
-                    self._step_on_manifolds(p, pom, group)
-                    self._versions[p] = p._version
-            self._step_free(free, group)
+            self._step_free([p for p in group["params"] if p.grad is not None and self._is_free(p, group)], group)
         return loss
+
+    def _is_free(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether torch's own SGD is all that a parameter needs."""
+        pom = self._poms.get(p)
+        return pom is None or (not pom.constrains and group["rho"] is None)
+
+    def _updates(self) -> list[Update]:
+        """The constrained weights that have a gradient. Stray ones are brought back first."""
+        found = [
+            (p, group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and not self._is_free(p, group)
+        ]
+        if not found:
+            return []
+        sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+        # A step holds about ten tensors of a chunk: together the largest weight, or 5 % of all.
+        chunk = max(2**14, max(max(sizes), sum(sizes) // 20) // 10)
+        updates = []
+        for p, group in found:
+            compiled = self._poms[p].cutting.small and p.device.type == "cpu" and compiles(group["compile"])
+            updates.append(Update(p, self._poms[p], group, self.state[p], compiled, chunk))
+        return updates
+
+    def _norms(self, updates: list[Update]) -> list[Tensor | None]:
+        """R_g of the groups of each weight, None without 𝔤. Refuses weights and gradients that are not finite."""
+        grads = {update.pom.name: update.grad for update in updates}
+        without = {u.pom.name: u.grad for u in updates if u.group["rho"] is None}
+        checks.gradients(without)
+        self._check_weights()
+        norms = [None if u.group["rho"] is None else u.norms() for u in updates]
+        largest = [n.max().double() for n in norms if n is not None]
+        if largest and not float(torch.stack(largest).max()) <= checks.LARGEST_GRADIENT:
+            checks.gradients(grads)
+        return norms
 
     def _check_weights(self) -> None:
         """Look at constrained weights that others have written to since the last step; bring stray ones back, and say so."""
@@ -256,62 +300,6 @@ class FGSGD(torch.optim.Optimizer):
         )
         for p, buffer in zip(params, buffers, strict=False):
             self.state[p]["momentum_buffer"] = buffer
-
-    def _step_on_manifolds(self, p: Tensor, pom: POM, group: dict[str, Any]) -> None:
-        """One weight on its products of manifolds: Algorithm 1, with momentum."""
-        cut, join, metric = pom.cutting.cut, pom.cutting.join, group["metric"]
-        weight, grad = working(p), working(p.grad)  # type: ignore[arg-type]
-        if group["maximize"]:
-            grad = -grad
-
-        omega = cut(weight)
-        points = pom.unit_points(omega)
-        direction = pom.tangent_gradient(points, cut(grad), metric)  # line 5
-        if group["weight_decay"]:
-            decayed = grad.add(weight, alpha=group["weight_decay"])
-            direction[pom.euclidean] = cut(decayed)[pom.euclidean]
-        if group["rho"] is not None:
-            norms = pom.group_norms(direction)  # Theorem 1
-            rho = group["rho"]
-            if rho == "average":
-                rho = self._distance_to_average(p, pom, pom.coordinates(omega, points), metric)
-            normalizer = step_normalizer(norms, rho, pom.curvatures(metric))  # Eq. 5
-            direction = direction / normalizer[pom.sets.group, None, None]
-
-        # Momentum is torch.optim.SGD's, operation by operation, on a tensor of the weight's own shape and layout.
-        step = torch.empty_like(weight).copy_(join(direction))
-        buffer = None
-        if group["momentum"] != 0:
-            state = self.state[p]
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                buffer = state["momentum_buffer"] = step.clone()
-            else:
-                buffer.mul_(group["momentum"]).add_(step, alpha=1 - group["dampening"])
-            step = step.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-
-        lr = group["lr"]
-        moved = weight.sub(step * lr) if isinstance(lr, Tensor) else weight.add(step, alpha=-lr)  # Eq. 3
-        omega = cut(moved).clone()
-        points = pom.retract(points, -lr * cut(step), metric)  # lines 7 and 8
-        pom.set_points(omega, points)
-        p.copy_(join(omega))
-        if buffer is not None:
-            vector = cut(buffer).clone()
-            pom.transport(points, vector)
-            buffer.copy_(join(vector))
-
-    def _distance_to_average(self, p: Tensor, pom: POM, here: Tensor, metric: str) -> Tensor:
-        """ρ of every group, (G,): how far the weights are from a running average of themselves, which is moved along."""
-        state = self.state[p]
-        steps = state["averaged"] = state.get("averaged", 0) + 1
-        if steps == 1:
-            average = here
-            state["average"] = torch.empty_like(working(p)).copy_(pom.cutting.join(here))
-        else:
-            average = pom.pull(pom.cutting.cut(state["average"]), here, 1 / min(steps, _AVERAGED_STEPS))
-            state["average"].copy_(pom.cutting.join(average))
-        return pom.group_distances(here, average, metric)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -5,19 +5,22 @@ A component is ω = R · q · S, with q on a unit manifold. All geometry happens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_fgsgd.components import Cutting
+from lightning_fgsgd.geometry import Geometry, factor, inverse_factor
 from lightning_fgsgd.grouping import IndexSets, pack, unpack
 from lightning_fgsgd.manifolds import Manifold, get_manifold, wide
+from lightning_fgsgd.matrices import expand
 from lightning_fgsgd.plan import PlannedWeight, layer_seed
 
 __all__ = ["METRICS", "POM", "ProductOfManifolds"]
 
+_FORMAT = 2  # of what a checkpoint holds
 METRICS = ("start", "unit", "embedded")
 
 
@@ -43,30 +46,30 @@ class ProductOfManifolds(NamedTuple):
     start: str
 
 
-@dataclass
-class _Part:
-    """The components of a weight that live on one kind of manifold."""
+class Part(NamedTuple):
+    """The components of a weight that live on one kind of manifold, with the symmetric root S of their Gram information."""
 
     manifold: Manifold
     index: Tensor  # which components, (j,)
     scale: Tensor  # S, compact
     inverse: Tensor  # its pseudo-inverse
-    size: Tensor  # mean square of S
-    origin: Tensor  # mean square of the scale at which these weights stood before they were placed
 
 
 class POM:
     """The live products of manifolds of one weight.
 
+    What is kept for each component is little beside its n · p numbers: two bytes for its index sets, and with a start of
+    ``"preserve"`` its factor U.
+
     Args:
         name: name of the weight, for messages.
         cutting: how it is cut into components.
         sets: index sets of the components.
-        scheme: how they were drawn.
         start: ``"preserve"``, ``"project"`` or ``"random"``.
-        scales: compact scale S for each manifold that occurs, by name.
+        upper: U of the components for ``"preserve"``, as :meth:`pack_upper` gives it; None for the identity.
         radius: R of each component, (k,).
         origins: mean square of the scale at which the weights of each manifold stood before they were placed, by name.
+        sizes: mean square of S for each manifold, by name.
     """
 
     def __init__(
@@ -74,32 +77,25 @@ class POM:
         name: str,
         cutting: Cutting,
         sets: IndexSets,
-        scheme: str,
         start: str,
-        scales: dict[str, Tensor],
+        upper: Tensor | None,
         radius: Tensor,
-        origins: dict[str, Tensor],
+        origins: Mapping[str, float],
+        sizes: Mapping[str, float],
     ) -> None:
-        device = radius.device
         self.name = name
         self.cutting = cutting
-        self.scheme = scheme
         self.start = start
-        self.sets = IndexSets(sets.manifold_names, sets.manifold.to(device), sets.group.to(device))
-        self.radius = radius
+        self.sets = sets.to(radius.device)
         self.num_groups = sets.num_groups
-        self.parts = []
-        for i, manifold_name in enumerate(sets.manifold_names):
-            index = (self.sets.manifold == i).nonzero()[:, 0]
-            if manifold_name == "euclidean" or index.numel() == 0:
-                continue
-            manifold, scale = get_manifold(manifold_name), scales[manifold_name]
-            sizes = manifold.mean_square(scale), origins[manifold_name].to(scale)
-            size, origin = (torch.where(x > 0, x, torch.ones_like(x)) for x in sizes)
-            inverse = manifold.inverse(scale) if start == "preserve" else scale  # elsewhere the scale is the identity
-            self.parts.append(_Part(manifold, index, scale, inverse, size, origin))
-        free = [i for i, manifold_name in enumerate(sets.manifold_names) if manifold_name == "euclidean"]
-        self.euclidean = torch.isin(self.sets.manifold.long(), torch.tensor(free, device=device)).nonzero()[:, 0]
+        self.upper = upper
+        self.inverse = None if upper is None or cutting.small else inverse_factor(wide(upper)).to(upper)
+        self.origins, self.sizes = dict(origins), dict(sizes)
+        # Manifolds that occur, by their number in the index sets.
+        self.manifolds = {
+            i: get_manifold(name) for i, name in enumerate(sets.manifold_names) if bool((sets.manifold == i).any())
+        }
+        self.set_radius(radius)
 
     @classmethod
     @torch.no_grad()
@@ -117,118 +113,203 @@ class POM:
             )
         cutting, sets = planned.cutting, planned.index_sets
         omega = cutting.cut(working(weight)).clone()
-        scales, origins = {}, {}
+        origins, sizes, factors = {}, {}, {}
         generator = torch.Generator().manual_seed(layer_seed(planned.seed, planned.name) ^ 1)
         for i, manifold_name in enumerate(sets.manifold_names):
             index = (sets.manifold == i).nonzero()[:, 0].to(weight.device)
             if manifold_name == "euclidean" or index.numel() == 0:
                 continue
             manifold = get_manifold(manifold_name)
-            before = manifold.root(omega[index])
-            origins[manifold_name] = manifold.mean_square(before)
+            before = _factor(manifold, omega[index])
+            origins[manifold_name] = sizes[manifold_name] = float(manifold.mean_square(before))
+            if planned.start == "preserve":
+                factors[i] = before
+                continue
+            sizes[manifold_name] = 1.0
             if planned.start == "project":
                 omega[index] = manifold.project(omega[index])
-            elif planned.start == "random":
+            else:
                 shape = (index.numel(), cutting.n, cutting.p)
                 omega[index] = manifold.random(*shape, generator=generator, dtype=torch.float64).to(omega)
-            scales[manifold_name] = before if planned.start == "preserve" else manifold.unit_scale(omega[index])
-        if planned.start != "preserve":
+        upper = None
+        if planned.start == "preserve":
+            upper = _pack_upper(factors, sets.to(weight.device), cutting, omega)
+        else:
             weight.copy_(cutting.join(omega))
         radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
-        return cls(planned.name, cutting, sets, planned.scheme, planned.start, scales, radius, origins)
+        return cls(planned.name, cutting, sets, planned.start, upper, radius, origins, sizes)
 
-    # Geometry -------------------------------------------------------------------------------------------------------
+    # What a step needs ----------------------------------------------------------------------------------------------
 
-    def unit_points(self, omega: Tensor) -> list[Tensor]:
-        """The unit points q of the constrained components, a tensor (j, n, p) for each part."""
-        return [
-            part.manifold.scaled(omega[part.index], part.inverse) / self.radius[part.index, None, None]
-            for part in self.parts
-        ]
+    @property
+    def constrains(self) -> bool:
+        """Whether a component lives on another manifold than the Euclidean one."""
+        return any(m.name != "euclidean" for m in self.manifolds.values())
 
-    def set_points(self, omega: Tensor, points: list[Tensor]) -> None:
-        """Write ω = R · q · S into ``omega`` (k, n, p) for the constrained components."""
-        for part, q in zip(self.parts, points, strict=True):
-            omega[part.index] = part.manifold.scaled(q, part.scale) * self.radius[part.index, None, None]
+    @property
+    def radius(self) -> Tensor:
+        """R of each component, (k,)."""
+        radius = self._radius
+        if len(radius) != self.cutting.count:
+            radius = radius[self.cutting.reads().to(radius.device)]
+        return torch.where(self.on("euclidean"), 1.0, radius)
 
-    def metric(self, part: _Part, metric: str) -> Tensor:
-        """m for which the metric on a part is m times that of its unit manifold; () or (j,).
+    def set_radius(self, radius: Tensor) -> None:
+        """Keep R of each component (k,): once for all that read the same features, where it is the same for them."""
+        reads, free = self.cutting.reads().to(radius.device), self.on("euclidean")
+        by_channel = radius.new_ones(int(reads.max()) + 1)
+        by_channel[reads[~free]] = radius[~free]
+        same = bool(torch.where(free, True, by_channel[reads] == radius).all())
+        self._radius = by_channel if same else radius.clone()
+        self.all_ones = bool((self._radius == 1).all())
+        self._curvatures: dict[str, Tensor] = {}
 
-        ``"start"``: the squared scale at which the part's weights stood before they were placed, which for a preserved start
-        is the mean of S². A step then turns a weight about as far as SGD would have turned it there, and that does not
-        change when R does. ``"unit"``: 1. ``"embedded"``, the paper read literally: R² times the mean of S², the metric of
-        the space in which the weights stand now.
+    def on(self, manifold_name: str) -> Tensor:
+        """Which components live on a manifold, bool (k,)."""
+        mask = torch.zeros_like(self.sets.manifold, dtype=torch.bool)
+        for i, manifold in self.manifolds.items():
+            if manifold.name == manifold_name:
+                mask = self.sets.manifold == i
+        return mask
+
+    def metrics(self, metric: str) -> list[float]:
+        """m of each manifold by its number: the metric on its components is m times that of the unit manifold.
+
+        ``"start"``: the squared scale at which the weights stood before they were placed, which for a preserved start is
+        the mean of S². A step then turns a weight about as far as SGD would have turned it there, and that does not change
+        when R does. ``"unit"``: 1. ``"embedded"``, the paper read literally: the mean of S², which :meth:`metric` multiplies
+        by R²: the metric of the space in which the weights stand now.
         """
-        if metric == "start":
-            return part.origin
-        if metric == "unit":
-            return torch.ones_like(part.size)
-        return part.size * self.radius[part.index].square()
+        chosen = {"start": self.origins, "embedded": self.sizes}.get(metric, {})
+        return [chosen.get(name, 1.0) or 1.0 for name in self.sets.manifold_names]
 
-    def tangent_gradient(self, points: list[Tensor], grad: Tensor, metric: str) -> Tensor:
-        """Riemannian gradient of every component from the Euclidean one G, (k, n, p); line 5 of Algorithm 1.
+    def metric(self, metric: str) -> Tensor:
+        """m of each component, (k,)."""
+        m = self.radius.new_tensor(self.metrics(metric))[self.sets.manifold.long()]
+        return m * self.radius.square() if metric == "embedded" else m
 
-        In coordinates √m · q, which are orthonormal in the metric m: its Frobenius norm is the Riemannian norm.
-        Components on the Euclidean manifold keep G.
+    def curvatures(self, metric: str) -> Tensor:
+        """c of every group, (G,): the largest upper curvature bound among its components, in the chosen metric."""
+        if metric not in self._curvatures:
+            bounds = [get_manifold(name).curvature[1] for name in self.sets.manifold_names]
+            of_component = self.radius.new_tensor(bounds)[self.sets.manifold.long()] / self.metric(metric)
+            c = of_component.new_zeros(self.num_groups)
+            self._curvatures[metric] = c.scatter_reduce_(0, self.sets.group.long(), of_component, "amax")
+        return self._curvatures[metric]
+
+    def geometry(self, metric: str, batch: tuple[int, ...], part: slice | Tensor = slice(None)) -> Geometry:
+        """The geometry of components, as tensors.
+
+        Args:
+            metric: the chosen metric.
+            batch: shape in which the k components are counted, (k,) or two axes of kernels.
+            part: which of them, along the first axis.
         """
-        out = grad.clone()
-        for part, q in zip(self.parts, points, strict=True):
-            pulled = part.manifold.scaled(grad[part.index], part.scale) * self.radius[part.index, None, None]
-            out[part.index] = part.manifold.tangent(q, pulled) / _column(self.metric(part, metric).sqrt())
-        return out
+        kind = self.sets.manifold.view(batch)[part][..., None, None]
+        one = len(self.manifolds) == 1
+        manifolds = [(m, True if one else kind == i) for i, m in self.manifolds.items()]
+        of_manifold = self.metrics(metric)
+        if one:
+            inverse_root: Any = of_manifold[next(iter(self.manifolds))] ** -0.5
+        else:
+            inverse_root = self._radius.new_tensor(of_manifold).rsqrt()[kind.long()]
+        radius = None if self.all_ones else self.radius.view(batch)[part][..., None, None]
+        if metric == "embedded" and radius is not None:
+            inverse_root = inverse_root / radius
+        upper = None if self.upper is None else self._unpack_upper(self.upper, batch, part)
+        inverse = None if self.inverse is None else self.inverse.view(*batch, *self.inverse.shape[1:])[part]
+        return Geometry(manifolds, inverse_root, radius, upper, inverse)
 
-    def group_norms(self, grad: Tensor) -> Tensor:
-        """R_g of every group, (G,): the norm of a product is the root of the sum of squares (Theorem 1)."""
-        return self._group_sums(grad.square().sum((-2, -1))).sqrt()
+    def _unpack_upper(self, upper: Tensor, batch: tuple[int, ...], part: slice | Tensor) -> Tensor:
+        """U as a compact tensor (..., 1 or p, 1 or p)."""
+        if not self.cutting.small:
+            return upper.view(*batch, *upper.shape[1:])[part]
+        rows, p = [row.view(batch)[part] for row in upper], self.cutting.p
+        if len(rows) in (1, p):
+            return torch.stack(rows, -1)[..., None, :]
+        full = rows[0].new_zeros(*rows[0].shape, p, p)
+        for row, (i, j) in zip(rows, upper_entries(p), strict=True):
+            full[..., i, j] = row
+        return full
+
+    @torch.no_grad()
+    def riemannian(self, weight: Tensor, grad: Tensor, metric: str) -> Tensor:
+        """The Riemannian gradient that belongs to a Euclidean one, as a momentum buffer holds it, of the weight's shape."""
+        omega = self.cutting.cut(working(weight))
+        geometry = self.geometry(metric, (self.cutting.count,))
+        g = geometry.tangent(geometry.unit(omega), geometry.pull(self.cutting.cut(working(grad))))
+        return torch.empty_like(working(weight)).copy_(self.cutting.join(g * geometry.inverse_root_metric))
+
+    def group_norms(self, squares: Tensor) -> Tensor:
+        """R_g of every group, (G,), from the components' squared norms (k,): the root of their sum (Theorem 1)."""
+        return self._group_sums(squares).sqrt()
 
     def _group_sums(self, x: Tensor) -> Tensor:
         """Sums of ``x`` (k,) over the groups, (G,), in double precision: a group may have a hundred thousand components."""
         return wide(x).new_zeros(self.num_groups).index_add_(0, self.sets.group, wide(x)).to(x)
+
+    # Unit points by manifold: for looking at a weight, and for what is done now and then --------------------------------
+
+    @property
+    def parts(self) -> list[Part]:
+        """The constrained components of each manifold, with their S."""
+        parts = []
+        for i, manifold in self.manifolds.items():
+            if manifold.name == "euclidean":
+                continue
+            index = (self.sets.manifold == i).nonzero()[:, 0]
+            if self.upper is None:
+                like = self._radius.new_empty(len(index), self.cutting.n, self.cutting.p)
+                scale = inverse = manifold.unit_scale(like)
+            else:
+                upper = self._unpack_upper(self.upper, (self.cutting.count,), index)
+                if manifold.name == "stiefel":
+                    scale = manifold.root(expand(upper, self.cutting.p))
+                else:
+                    scale = upper.diagonal(dim1=-2, dim2=-1)[..., None, :] if upper.shape[-2] > 1 else upper
+                    scale = scale[..., :1] if manifold.name == "sphere" else scale
+                    scale = scale.expand(-1, 1, self.cutting.p) if manifold.name == "oblique" else scale
+                inverse = manifold.inverse(scale)
+            parts.append(Part(manifold, index, scale, inverse))
+        return parts
+
+    def unit_points(self, omega: Tensor, parts: Sequence[Part] | None = None) -> list[Tensor]:
+        """The unit points q of the constrained components in ω = R · q · S, a tensor (j, n, p) for each part."""
+        radius = self.radius
+        return [
+            part.manifold.scaled(omega[part.index], part.inverse) / radius[part.index, None, None]
+            for part in (self.parts if parts is None else parts)
+        ]
 
     def group_distances(self, a: Tensor, b: Tensor, metric: str) -> Tensor:
         """Distance ρ_g of every group between two points, (G,); see :meth:`coordinates` for ``a`` and ``b``, (k, n, p).
 
         The root of the sum of the components' squared distances; on Stiefel the lower bound in closed form.
         """
-        squares = (a - b).square().sum((-2, -1))
-        for part in self.parts:
-            dist = part.manifold.dist_bound(a[part.index], b[part.index])
-            squares[part.index] = dist.square() * self.metric(part, metric)
+        squares, m = (a - b).square().sum((-2, -1)), self.metric(metric)
+        for i, manifold in self.manifolds.items():
+            if manifold.name != "euclidean":
+                index = (self.sets.manifold == i).nonzero()[:, 0]
+                squares[index] = manifold.dist_bound(a[index], b[index]).square() * m[index]
         return self._group_sums(squares).sqrt()
 
-    def coordinates(self, omega: Tensor, points: list[Tensor]) -> Tensor:
+    def coordinates(self, omega: Tensor) -> Tensor:
         """Unit points q where there is a constraint and ω where there is none, as one tensor (k, n, p)."""
         out = omega.clone()
-        for part, q in zip(self.parts, points, strict=True):
+        parts = self.parts
+        for part, q in zip(parts, self.unit_points(omega, parts), strict=True):
             out[part.index] = q
         return out
 
     def pull(self, average: Tensor, towards: Tensor, share: float) -> Tensor:
         """Move ``average`` the ``share`` of the way towards another point, by a retraction; both as :meth:`coordinates`."""
         moved = average.lerp(towards, share)
-        for part in self.parts:
-            a, b = average[part.index], towards[part.index]
-            moved[part.index] = part.manifold.retract(a, share * part.manifold.tangent(a, b - a))
+        for i, manifold in self.manifolds.items():
+            if manifold.name != "euclidean":
+                index = (self.sets.manifold == i).nonzero()[:, 0]
+                a, b = average[index], towards[index]
+                moved[index] = manifold.retract(a, share * manifold.tangent(a, b - a))
         return moved
-
-    def curvatures(self, metric: str) -> Tensor:
-        """c of every group, (G,): the largest upper curvature bound among its components, in the chosen metric."""
-        of_component = self.radius.new_zeros(self.cutting.count)
-        for part in self.parts:
-            of_component[part.index] = part.manifold.curvature[1] / self.metric(part, metric)
-        return self.radius.new_zeros(self.num_groups).scatter_reduce_(0, self.sets.group.long(), of_component, "amax")
-
-    def retract(self, points: list[Tensor], step: Tensor, metric: str) -> list[Tensor]:
-        """New unit points after the tangent ``step`` (k, n, p), given in the coordinates √m · q."""
-        return [
-            part.manifold.retract(q, step[part.index] / _column(self.metric(part, metric).sqrt()))
-            for part, q in zip(self.parts, points, strict=True)
-        ]
-
-    def transport(self, points: list[Tensor], vector: Tensor) -> None:
-        """Carry the tangent ``vector`` (k, n, p) to the new unit points, in place."""
-        for part, q in zip(self.parts, points, strict=True):
-            vector[part.index] = part.manifold.transport(q, vector[part.index])
 
     # Looking and changing -------------------------------------------------------------------------------------------
 
@@ -238,12 +319,9 @@ class POM:
 
         Components on the Euclidean manifold have no radius to set, and stay.
         """
-        omega = self.cutting.cut(working(weight)).clone()
-        new = self.radius.clone()
-        for part in self.parts:
-            new[part.index] = radius.to(new)[part.index]
-        omega *= (new / self.radius)[:, None, None]
-        self.radius = new
+        old = self.radius
+        self.set_radius(radius.to(old))
+        omega = self.cutting.cut(working(weight)) * (self.radius / old)[:, None, None]
         weight.copy_(self.cutting.join(omega))
 
     @torch.no_grad()
@@ -252,23 +330,20 @@ class POM:
 
         The nearest q to v is the unit projection of v · S: on Stiefel the polar factor of vS, whatever the rank of S.
         """
-        omega = self.cutting.cut(working(weight)).clone()
-        points = [
-            part.manifold.project(
-                part.manifold.scaled(omega[part.index], part.scale) / self.radius[part.index, None, None]
-            )
-            for part in self.parts
-        ]
-        self.set_points(omega, points)
+        omega, radius = self.cutting.cut(working(weight)).clone(), self.radius[:, None, None]
+        for part in self.parts:
+            r = radius[part.index]
+            q = part.manifold.project(part.manifold.scaled(omega[part.index], part.scale) / r)
+            omega[part.index] = part.manifold.scaled(q, part.scale) * r
         weight.copy_(self.cutting.join(omega))
 
     @torch.no_grad()
     def distance(self, weight: Tensor) -> float:
         """Largest relative violation of a component, ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F; NaN if one has NaN."""
-        omega = wide(self.cutting.cut(weight))
+        omega, radius = wide(self.cutting.cut(weight)), wide(self.radius)
         worst = [omega.new_zeros(())]
         for part in self.parts:
-            target = part.manifold.target(wide(part.scale)) * wide(self.radius)[part.index, None].square()
+            target = part.manifold.target(wide(part.scale)) * radius[part.index, None].square()
             error = (part.manifold.fixed(omega[part.index]) - target).norm(dim=-1)
             norm = target.norm(dim=-1)
             # A zero component may stay zero; NaN is not hidden.
@@ -278,7 +353,8 @@ class POM:
     def look(self, weight: Tensor) -> ProductOfManifolds:
         """What ``optimizer.pom`` shows."""
         p = self.cutting.p
-        scale = torch.eye(p, dtype=self.radius.dtype, device=self.radius.device).repeat(self.cutting.count, 1, 1)
+        radius = self.radius
+        scale = torch.eye(p, dtype=radius.dtype, device=radius.device).repeat(self.cutting.count, 1, 1)
         for part in self.parts:
             scale[part.index] = part.manifold.scaled(scale[part.index], part.scale)
         components = self.cutting.cut(weight.detach()).clone()
@@ -288,7 +364,7 @@ class POM:
             sets.manifold.long(),
             sets.manifold_names,
             sets.group.long(),
-            self.radius.clone(),
+            radius,
             scale,
             self.start,
         )
@@ -305,49 +381,48 @@ class POM:
 
     def zero_components(self) -> int:
         """Number of components whose scale is zero: they have no direction, and stay where they are."""
-        return sum(int((part.scale.flatten(1) == 0).all(1).sum()) for part in self.parts)
+        if self.upper is None:
+            return 0
+        entries = self.upper.T if self.cutting.small else self.upper.flatten(1)
+        return int((entries == 0).all(1).sum())
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, strings and numbers, so that ``torch.load(..., weights_only=True)`` reads them."""
         return {
+            "format": _FORMAT,
             "name": self.name,
             "cutting": self.cutting.kind,
             "n": self.cutting.n,
             "p": self.cutting.p,
             "start": self.start,
-            **pack(self.sets, self.cutting, self.scheme),
-            "radius": self._radius_by_channel(),
-            # A unit scale is known from the start, and not stored.
-            "scale": {part.manifold.name: part.scale for part in self.parts} if self.start == "preserve" else {},
-            "origin": {part.manifold.name: part.origin for part in self.parts},
+            **pack(self.sets),
+            "radius": self._radius,
+            "upper": self.upper,
+            "origins": self.origins,
+            "sizes": self.sizes,
         }
-
-    def _radius_by_channel(self) -> Tensor:
-        """R, once for all the components that read the same features where it is the same for them."""
-        reads = self.cutting.reads().to(self.radius.device)
-        by_channel = self.radius.new_empty(int(reads.max()) + 1)
-        by_channel[reads] = self.radius
-        return by_channel if torch.equal(by_channel[reads], self.radius) else self.radius
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
-        """The POM of ``weight`` that :meth:`state_dict` described, on the weight's device."""
+        """The POM of ``weight`` that :meth:`state_dict` described, on the weight's device.
+
+        Raises:
+            ValueError: another version of this package wrote it, in another format.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"state_dict: the products of manifolds of {state['name']} are in format {state.get('format', 1)}, and this "
+                f"version reads format {_FORMAT}; load the model's weights only, and start a new optimizer from them"
+            )
         like = working(weight)
-        sets = unpack(state, cutting)
-        scales = {name: scale.to(like) for name, scale in state["scale"].items()}
-        if state["start"] != "preserve":
-            omega = cutting.cut(like)
-            for i, name in enumerate(sets.manifold_names):
-                scales[name] = get_manifold(name).unit_scale(omega[(sets.manifold == i).to(omega.device)])
-        radius = state["radius"].to(like, copy=True)
+        upper = None if state["upper"] is None else state["upper"].to(like, copy=True)
+        radius = state["radius"].to(like)
         if len(radius) != cutting.count:
             radius = radius[cutting.reads().to(radius.device)]
-        origins = state.get("origin") or {
-            name: get_manifold(name).mean_square(scale) for name, scale in scales.items() if name != "euclidean"
-        }
-        return cls(state["name"], cutting, sets, state.get("scheme", "pio"), state["start"], scales, radius, origins)
+        sets = unpack(state, cutting)
+        return cls(state["name"], cutting, sets, state["start"], upper, radius, state["origins"], state["sizes"])
 
     def __repr__(self) -> str:
         cutting = self.cutting
@@ -362,5 +437,35 @@ def working(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
-def _column(m: Tensor) -> Tensor:
-    return m[:, None, None] if m.ndim else m
+def upper_entries(p: int) -> list[tuple[int, int]]:
+    """Row and column of the entries of an upper triangular matrix, in the order in which they are packed."""
+    return [(i, j) for i in range(p) for j in range(i, p)]
+
+
+def _factor(manifold: Manifold, omega: Tensor) -> Tensor:
+    """The compact U of components that all live on one manifold, in double precision."""
+    v = wide(omega)
+    if manifold.name != "stiefel":
+        return manifold.root(v)
+    return factor(v.mT @ v, torch.finfo(omega.dtype).eps)
+
+
+def _pack_upper(factors: Mapping[int, Tensor], sets: IndexSets, cutting: Cutting, like: Tensor) -> Tensor:
+    """U of all components in the least room that fits every manifold of the weight.
+
+    Of blocks (k, 1, 1), (k, 1, p) or (k, p, p). Of small kernels one row of numbers for each entry, (1, k), (p, k) or
+    (p(p+1)/2, k): they are read entry by entry.
+    """
+    k, p = cutting.count, cutting.p
+    rows, columns = max(f.shape[-2] for f in factors.values()), max(f.shape[-1] for f in factors.values())
+    upper = like.new_ones(k, 1, 1).expand(k, rows, columns).clone()
+    if rows > 1:
+        upper = torch.eye(p, dtype=like.dtype, device=like.device).repeat(k, 1, 1)
+    for i, f in factors.items():
+        full = expand(f, p) if rows > 1 else f.expand(-1, 1, columns)
+        upper[sets.manifold == i] = full.to(upper)
+    if not cutting.small:
+        return upper
+    if rows == 1:
+        return upper[:, 0].T.contiguous()
+    return torch.stack([upper[:, i, j] for i, j in upper_entries(p)])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_fgsgd import matrices
 
 __all__ = ["Manifold"]
 
@@ -56,6 +59,23 @@ class Manifold(ABC):
     def dist_bound(self, a: Tensor, b: Tensor) -> Tensor:
         """A lower bound of the distance in closed form, (...); the distance itself but on :class:`Stiefel`."""
         return self.dist(a, b)
+
+    @abstractmethod
+    def normal(self, gram: Any) -> Any:
+        """N, of which q · N is the normal part of G at the unit point q: tangent(q, G) = G − q · N, from qᵀG.
+
+        All three manifolds say it through the p x p matrix qᵀG: Sphere takes its trace, Oblique its diagonal, Stiefel its
+        symmetric part. A step needs no more than this and :meth:`inverse_root`; both take either form of
+        :mod:`~lightning_fgsgd.matrices`, and give compact tensors.
+        """
+
+    @abstractmethod
+    def inverse_root(self, gram: Any) -> Any:
+        """Z, with which v · Z is the unit point that v = q + h is retracted to, from vᵀv.
+
+        The inverse square root of the part of vᵀv that the manifold fixes. On Stiefel by a few Newton-Schulz products, so
+        for steps within its :meth:`~lightning_fgsgd.manifolds.Stiefel.reach` only; zero parts of v stay zero.
+        """
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """Inner product of tangent vectors at one point: that of the space around the manifold, (...)."""
@@ -140,6 +160,11 @@ def unit(v: Tensor, dims: Sequence[int]) -> Tensor:
 def divide(v: Tensor, length: Tensor) -> Tensor:
     """``v / length``, and zero where the length is zero."""
     return v / torch.where(length == 0, torch.ones_like(length), length)
+
+
+def inverse_length(square: Any) -> Any:
+    """1 / length of vectors of this squared length, and 1 where that is zero; of tensors or symbols."""
+    return matrices.where(square == 0, 1.0, square).rsqrt()
 
 
 def finite(v: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_fgsgd.manifolds.base import Manifold
+from lightning_fgsgd.matrices import multiple
 
 __all__ = ["Euclidean"]
 
@@ -24,6 +27,12 @@ class Euclidean(Manifold):
 
     def tangent(self, q: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         return g
+
+    def normal(self, gram: Any) -> Any:  # noqa: D102
+        return multiple(gram.new_zeros(1, 1) if isinstance(gram, Tensor) else 0.0, gram)
+
+    def inverse_root(self, gram: Any) -> Any:  # noqa: D102
+        return multiple(gram.new_ones(1, 1) if isinstance(gram, Tensor) else 1.0, gram)
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
         return q + h

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.manifolds.base import Manifold, angle, divide, norm, sinc, unit, wide_dtype
+from lightning_fgsgd.manifolds.base import Manifold, angle, divide, inverse_length, norm, sinc, unit, wide_dtype
+from lightning_fgsgd.matrices import diagonal
 
 __all__ = ["Oblique"]
 
@@ -26,6 +29,12 @@ class Oblique(Manifold):
 
     def tangent(self, q: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         return g - q * (q * g).sum(-2, keepdim=True)
+
+    def normal(self, gram: Any) -> Any:  # noqa: D102
+        return diagonal(gram)
+
+    def inverse_root(self, gram: Any) -> Any:  # noqa: D102
+        return diagonal(gram, inverse_length)
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
         v = q + h

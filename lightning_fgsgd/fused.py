@@ -1,0 +1,221 @@
+"""The step of one weight in a single pass over memory: C++ made from :mod:`~lightning_fgsgd.step` itself.
+
+The functions of the step are run once on planes of symbols, which write down every operation that is done to them. That list
+of operations is the body of a loop over the components of a weight, so there is no second version of the mathematics. One
+such loop serves all weights whose components are of one size, contiguous or channels_last, whatever their shape; sizes,
+strides and the numbers of the step are its arguments. torch's own code cache compiles it, in about a second, once a machine.
+
+For small kernels in float32 and float64 on a CPU. All else goes through :mod:`~lightning_fgsgd.eager`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fgsgd import matrices
+from lightning_fgsgd.geometry import Geometry
+from lightning_fgsgd.grouping import SCHEMES
+from lightning_fgsgd.manifolds import get_manifold
+from lightning_fgsgd.matrices import Planes, where
+from lightning_fgsgd.pom import POM, upper_entries
+from lightning_fgsgd.source import Program, Symbol, loop
+from lightning_fgsgd.step import Options, move, riemannian_gradient
+
+__all__ = ["advance", "available", "group_squares", "suits"]
+
+_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
+_MOST_SLOTS = 16  # groups in a pool up to which the loop finds a component's group by comparing
+
+
+def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether there is compiled code for a weight and the tensors that go with it."""
+    return (
+        pom.cutting.small
+        and weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.float64)
+        and pom.sets.groups_in_pool <= _MOST_SLOTS
+        and pom.sets.slot.dtype == torch.uint8
+        and all(x is None or (x.dtype == weight.dtype and x.device == weight.device) for x in others)
+        and all(x is None or pom.cutting.view(x) is not None for x in (weight, *others))
+    )
+
+
+@functools.cache
+def available() -> str:
+    """ "" where C++ can be compiled; else why not."""
+    try:
+        _compile('extern "C" int kernel() { return 7; }')
+    except Exception as error:  # whatever the compiler, its cache or the loader may raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def _compile(source: str) -> Any:
+    from torch._inductor.codecache import CppCodeCache  # imports a second's worth of modules
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return CppCodeCache.load(source, extra_flags=_FLAGS).kernel
+
+
+def group_squares(pom: POM, weight: Tensor, grad: Tensor, metric: str, options: Options) -> Tensor:
+    """Sums of ‖gradL(ω)‖² over the groups, (G,), in double precision."""
+    kernel = _kernel(_variant(pom, weight, metric), "squares", False)
+    threads = torch.get_num_threads() if pom.cutting.count >= 2048 else 1
+    sums = torch.zeros(threads, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool, dtype=torch.float64)
+    _call(kernel, pom, weight, grad, None, None, metric, options, sums, None, threads)
+    return sums.sum(0).T.flatten()
+
+
+def advance(
+    pom: POM,
+    weight: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    share: Tensor,
+    metric: str,
+    options: Options,
+    nesterov: bool,
+) -> Tensor:
+    """As :func:`lightning_fgsgd.eager.advance`."""
+    kind = "move" if buffer is None else "nesterov" if nesterov else "momentum"
+    kernel = _kernel(_variant(pom, weight, metric), kind, True)
+    threads = torch.get_num_threads() if pom.cutting.count >= 2048 else 1
+    within = torch.empty(pom.cutting.count, dtype=torch.bool)
+    table = share.view(-1, pom.sets.groups_in_pool).T.contiguous()
+    _call(kernel, pom, weight, grad, buffer, table, metric, options, None, within, threads)
+    return within
+
+
+# From the step to C++ ------------------------------------------------------------------------------------------------
+
+
+def _variant(pom: POM, weight: Tensor, metric: str) -> tuple[Any, ...]:
+    """What the code depends on."""
+    names = tuple((i, m.name) for i, m in pom.manifolds.items())
+    entries = 0 if pom.upper is None else len(pom.upper)
+    radius = not pom.all_ones
+    return pom.cutting.n, pom.cutting.p, names, entries, radius, metric == "embedded" and radius, weight.dtype
+
+
+@functools.cache
+def _kernel(variant: tuple[Any, ...], kind: str, moves: bool) -> Any:
+    return _compile(source(variant, kind))
+
+
+def source(variant: tuple[Any, ...], kind: str) -> str:
+    """The C++ of one of the functions of a step, ``"squares"``, ``"move"``, ``"momentum"`` or ``"nesterov"``."""
+    n, p, names, entries, has_radius, embedded, dtype = variant
+    program = Program(dtype)
+    size = range(n * p)
+
+    def planes(name: str) -> Planes:
+        return Planes([[program.symbol(f"{name}{i * p + j}[t]") for j in range(p)] for i in range(n)])
+
+    which = program.symbol("m[t]")
+    masks = [(get_manifold(name), True if len(names) == 1 else which == number) for number, name in names]
+    inverse_root: Any = program.number(len(Options._fields) + names[0][0])
+    for (_, mask), (number, _) in zip(masks[1:], names[1:], strict=True):
+        inverse_root = where(mask, program.number(len(Options._fields) + number), inverse_root)
+    radius = program.symbol("r[t]") if has_radius else None
+    if embedded:
+        inverse_root = inverse_root / radius
+    geometry = Geometry(masks, inverse_root, radius, _upper(program, entries, p))
+    options = Options(*(program.number(i) for i in range(len(Options._fields))))
+    omega, grad = planes("w"), planes("g")
+    if kind == "squares":
+        gradient = riemannian_gradient(geometry, geometry.unit(omega), omega, grad, options)
+        program.store("q[t]", matrices.squares(gradient))
+        return loop(program, size, entries, has_radius, reads=("w", "g"), writes=(), sums=True)
+    buffer = None if kind == "move" else planes("b")
+    share = program.symbol("f[t]")
+    weights, momentum, within = move(geometry, omega, grad, buffer, share, options, nesterov=kind == "nesterov")
+    for i in size:
+        program.store(f"w{i}[t]", weights.entries[i])
+        if momentum is not None:
+            program.store(f"b{i}[t]", momentum.entries[i])
+    program.store("o[t]", within)
+    touched = ("w",) if buffer is None else ("w", "b")
+    return loop(program, size, entries, has_radius, reads=("w", "g", *touched[1:]), writes=touched, sums=False)
+
+
+def _upper(program: Program, entries: int, p: int) -> Planes | None:
+    symbols: list[Symbol] = [program.symbol(f"u{i}[t]") for i in range(entries)]
+    if not symbols:
+        return None
+    if entries in (1, p):
+        return Planes([[symbols[j % entries] if i == j else 0.0 for j in range(p)] for i in range(p)])
+    at = dict(zip(upper_entries(p), symbols, strict=True))
+    return Planes([[at.get((i, j), 0.0) for j in range(p)] for i in range(p)])
+
+
+# Calling it ----------------------------------------------------------------------------------------------------------
+
+_OPERANDS = ("w", "g", "b", "k", "pool", "r")
+
+
+def _call(
+    kernel: Any,
+    pom: POM,
+    weight: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    table: Tensor | None,
+    metric: str,
+    options: Options,
+    sums: Tensor | None,
+    moved: Tensor | None,
+    threads: int,
+) -> None:
+    views = [pom.cutting.view(x) for x in (weight, grad, weight if buffer is None else buffer)]
+    sizes, strides = _axes(pom, tuple(v.stride() for v in views))  # type: ignore[union-attr]
+    of_entry = [
+        [i * v.stride(-2) + j * v.stride(-1) for i in range(v.shape[-2]) for j in range(v.shape[-1])] for v in views
+    ]  # type: ignore[union-attr]
+    inverse_roots = [m**-0.5 for m in pom.metrics(metric)]
+    real = ctypes.c_double if weight.dtype == torch.float64 else ctypes.c_float
+    numbers = [*map(float, options), *inverse_roots]
+    layout = [threads, pom.cutting.count, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool]
+    layout += [*sizes, *strides, *(x for offsets in of_entry for x in offsets)]
+    tensors = (weight, grad, buffer, pom.upper, pom._radius, pom.sets.manifold, pom.sets.slot, table, sums, moved)
+    kernel(
+        (ctypes.c_int64 * len(layout))(*layout),
+        (real * len(numbers))(*numbers),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
+    )
+    for x in (weight, buffer):
+        if moved is not None and x is not None:
+            torch.autograd.graph.increment_version(x)
+
+
+def _axes(pom: POM, strides: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:
+    """Sizes of four loops over the components, and the strides of each operand in them: the last loop is the inner one.
+
+    Components are counted by expert, conv group, and the weight's first and second axis. Loops that can be one are.
+    """
+    cutting = pom.cutting
+    experts, groups, second = cutting.experts or 1, cutting.conv_groups, cutting.shape[1]
+    first = cutting.shape[0] // groups
+    sizes = [experts, groups, first, second]
+    by_first, by_second = (0, first, 1, 0), (0, second, 0, 1)
+    reads = by_first if cutting.transposed else by_second
+    scheme = pom.sets.scheme
+    pool = {SCHEMES[0]: reads, SCHEMES[1]: by_second if cutting.transposed else by_first}.get(scheme, (0, 0, 0, 0))
+    count = (groups * first * second, first * second, second, 1)
+    radius = count if len(pom._radius) == cutting.count else reads
+    rows = [(s[0] * groups * first, s[0] * first, s[0], s[1]) for s in strides] + [count, pool, radius]
+    axes = [(n, tuple(row[i] for row in rows)) for i, n in enumerate(sizes) if n > 1]
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for n, steps in axes:
+        if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1], steps, strict=True)):
+            n, steps = merged.pop()[0] * n, steps
+        merged.append((n, steps))
+    merged.sort(key=lambda axis: (axis[1][0] == 1 and axis[0] >= 8, axis[0] >= 64, axis[0]))
+    merged = [(1, (0,) * len(rows))] * (4 - len(merged)) + merged
+    return [n for n, _ in merged], [x for row in zip(*(steps for _, steps in merged), strict=True) for x in row]

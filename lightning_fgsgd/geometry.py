@@ -1,0 +1,166 @@
+"""The geometry of some components of a weight at once, on whichever manifold each of them lives: what a step needs of it.
+
+A component is ω = R · q · U, with q on a unit manifold and U an upper triangular factor of the Gram information that is
+kept, UᵀU = S². For Sphere and Oblique U is S itself, a number or p of them. On Stiefel it is S up to a rotation of q, which the
+manifold, its metric and its retraction do not see; and unlike S it is solved for exactly, also where it is singular: where a
+column of ω depends on those before it, that row of U and that column of q are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fgsgd import matrices
+from lightning_fgsgd.manifolds import Manifold, Stiefel
+from lightning_fgsgd.matrices import Planes, gram, matmul, where
+
+__all__ = ["Geometry", "factor", "inverse_factor"]
+
+_FAR = 1e12  # squared length of a step on the other manifolds from which its double precision is needed
+
+
+class Geometry:
+    """Geometry of a batch of components, as tensors (..., n, p) or as :class:`~lightning_fgsgd.matrices.Planes`.
+
+    Args:
+        manifolds: the manifolds that occur, each with a mask of the components that live on it; ``True`` for all.
+        inverse_root_metric: 1/√m of each component; see :meth:`~lightning_fgsgd.pom.POM.metric`.
+        radius: R of each component; None for 1.
+        upper: U of each component; a compact tensor, or Planes; None for the identity.
+        inverse: its inverse, of large tensors.
+    """
+
+    def __init__(
+        self,
+        manifolds: Sequence[tuple[Manifold, Any]],
+        inverse_root_metric: Any,
+        radius: Any = None,
+        upper: Any = None,
+        inverse: Tensor | None = None,
+    ) -> None:
+        self.manifolds = manifolds
+        self.inverse_root_metric = inverse_root_metric
+        self.radius = radius
+        self.upper = upper
+        self.inverse = inverse
+
+    def unit(self, omega: Any) -> Any:
+        """q of ω."""
+        q = omega if self.radius is None else omega * (1.0 / self.radius)
+        if self.upper is None:
+            return q
+        return _solve(q, self.upper) if self.inverse is None else matmul(q, self.inverse)
+
+    def pull(self, grad: Any) -> Any:
+        """The gradient for q of the gradient G for ω: R · G · Uᵀ."""
+        g = grad if self.upper is None else matmul(grad, self.upper.mT if _is_full(self.upper) else self.upper)
+        return g if self.radius is None else g * self.radius
+
+    def push(self, change: Any) -> Any:
+        """The change of ω that goes with one of q: R · change · U."""
+        c = change if self.upper is None else matmul(change, self.upper)
+        return c if self.radius is None else c * self.radius
+
+    def tangent(self, q: Any, g: Any) -> Any:
+        """Orthogonal projection of ``g`` on the tangent spaces at ``q`` (Remark 2)."""
+        return g - matmul(q, self._select([m.normal(gram(q, g)) for m, _ in self.manifolds]))
+
+    def retraction(self, q: Any, h: Any) -> Any:
+        """The retracted q + h, less q: the unit points that ``h`` leads to (lines 7 and 8 of Algorithm 1)."""
+        v = q + h
+        inner = matrices.symmetric_matmul(v.mT, v)
+        roots = self._select([m.inverse_root(inner) for m, _ in self.manifolds])
+        return h + matmul(v, matrices.add_identity(roots, -1.0))
+
+    def within_reach(self, h: Any) -> Any:
+        """Which steps :meth:`retraction` is exact for; the others, and those that are not finite, go another way."""
+        length = matrices.squares(h)
+        limit: Any = _FAR
+        for manifold, mask in self.manifolds:
+            if isinstance(manifold, Stiefel):
+                p = h.shape[-1] if isinstance(h, Tensor) else len(h.rows[0])
+                limit = where(mask, manifold.reach(p, matrices.is_double(h))[1], _FAR)
+        return length <= limit
+
+    def euclidean(self, value: Any) -> Any:
+        """``value`` for components that are not constrained, 0 for the others."""
+        out: Any = 0.0
+        for manifold, mask in self.manifolds:
+            if manifold.name == "euclidean":
+                out = where(mask, value, 0.0)
+        return out
+
+    def far_retraction(self, q: Tensor, h: Tensor) -> Tensor:
+        """As :meth:`retraction`, for steps of any length, by the manifolds' own retractions. Of tensors."""
+        moved = q + h
+        for manifold, mask in self.manifolds:
+            some = slice(None) if mask is True else mask[..., 0, 0]
+            moved[some] = manifold.retract(q[some], h[some])
+        return moved - q
+
+    def _select(self, of_each: list[Any]) -> Any:
+        """Of each component the matrix that belongs to its manifold."""
+        if len(of_each) > 1 and isinstance(of_each[0], Tensor):
+            p = max(m.shape[-1] for m in of_each)
+            if any(m.shape[-2] > 1 for m in of_each):
+                of_each = [matrices.expand(m, p) for m in of_each]
+        chosen = of_each[0]
+        for (_, mask), matrix in zip(self.manifolds[1:], of_each[1:], strict=True):
+            chosen = where(mask, matrix, chosen)
+        return chosen
+
+
+def _is_full(upper: Any) -> bool:
+    return isinstance(upper, Planes) or upper.shape[-2] > 1
+
+
+def _solve(omega: Any, upper: Any) -> Any:
+    """ω · U⁻¹ by back substitution; columns whose diagonal entry is zero become zero."""
+    if isinstance(upper, Tensor) and upper.shape[-2] == 1:
+        return omega * where(upper == 0, 0.0, 1 / where(upper == 0, 1.0, upper))
+    if isinstance(omega, Tensor):
+        columns: list[Any] = []
+        for j in range(upper.shape[-1]):
+            rest = omega[..., j] - sum(q * upper[..., i, j, None] for i, q in enumerate(columns))
+            pivot = upper[..., j, j, None]
+            columns.append(torch.where(pivot == 0, 0.0, rest / torch.where(pivot == 0, 1.0, pivot)))
+        return torch.stack(columns, -1)
+    solved: list[list[Any]] = []
+    for j, column in enumerate(omega.mT.rows):
+        pivot = upper.rows[j][j]
+        inverse = where(pivot == 0, 0.0, 1.0 / where(pivot == 0, 1.0, pivot))
+        above = [upper.rows[i][j] for i in range(j)]
+        rest = [matrices.subtract(x, matrices.dot([q[r] for q in solved], above)) for r, x in enumerate(column)]
+        solved.append([x * inverse for x in rest])
+    return Planes(solved).mT
+
+
+def factor(inner: Tensor, eps: float) -> Tensor:
+    """Upper triangular U with UᵀU = P for Gram matrices P (k, p, p), singular ones too: Cholesky's algorithm.
+
+    A pivot below ``eps`` of the largest diagonal entry counts as zero: P is singular in that precision. The row of U is zero
+    then, as the rows of a positive semidefinite matrix are where its diagonal is zero.
+    """
+    rest, upper = inner.clone(), torch.zeros_like(inner)
+    smallest = eps * inner.diagonal(dim1=-2, dim2=-1).amax(-1)
+    for j in range(inner.shape[-1]):
+        pivot = rest[:, j, j]
+        root = torch.where(pivot > smallest, pivot, torch.zeros_like(pivot)).sqrt()
+        row = torch.where(root[:, None] > 0, rest[:, j] / torch.where(root > 0, root, 1.0)[:, None], 0.0)
+        upper[:, j, j:] = row[:, j:]
+        rest = rest - row[:, :, None] * row[:, None, :]
+    return upper
+
+
+def inverse_factor(upper: Tensor) -> Tensor:
+    """Inverse of a compact factor; columns whose diagonal entry is zero are zero."""
+    if upper.shape[-2] == 1:
+        return torch.where(upper == 0, 0.0, 1 / torch.where(upper == 0, 1.0, upper))
+    dead = (upper.diagonal(dim1=-2, dim2=-1) == 0).to(upper.dtype)
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
+    inverse = torch.linalg.solve_triangular(upper + torch.diag_embed(dead), identity, upper=True)
+    return inverse * (1 - dead)[:, None, :]

@@ -1,0 +1,203 @@
+"""Batches of small matrices in two forms, for mathematics that is written once.
+
+A batch of n x p matrices is a tensor (..., n, p), or :class:`Planes`: its n · p entries, each a value of its own for the
+whole batch. Tensors are multiplied by ``torch.matmul``, which suits blocks of output neurons. A 3x3 kernel is too small for
+that; entry by entry, a step on a million of them is a few hundred multiplications of vectors, and a compiler makes one pass
+over memory of it. The functions here take either form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Planes"]
+
+Value = Any  # one number for each matrix: a tensor, a symbol, or a float that holds for all; 0.0 is known to be zero
+
+
+class Planes:
+    """A batch of n x p matrices, entry by entry.
+
+    Args:
+        rows: n rows of p values.
+    """
+
+    def __init__(self, rows: Iterable[Iterable[Value]]) -> None:
+        self.rows = tuple(tuple(row) for row in rows)
+
+    @property
+    def mT(self) -> Planes:
+        """The transposed matrices."""
+        return Planes(zip(*self.rows, strict=True))
+
+    @property
+    def entries(self) -> list[Value]:
+        """All entries, row by row."""
+        return [x for row in self.rows for x in row]
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the numbers are in double precision."""
+        return next(x for x in self.entries if not isinstance(x, float)).dtype == torch.float64
+
+    def map(self, f: Callable[..., Value], *others: Planes) -> Planes:
+        """``f`` of every entry, and of those of ``others`` in the same place."""
+        lines = zip(self.rows, *(m.rows for m in others), strict=True)
+        return Planes([[f(*entries) for entries in zip(*line, strict=True)] for line in lines])
+
+    def __add__(self, other: Planes) -> Planes:
+        return self.map(_add, other)
+
+    def __sub__(self, other: Planes) -> Planes:
+        return self.map(subtract, other)
+
+    def __mul__(self, value: Value) -> Planes:
+        return self.map(lambda x: _multiply(x, value))
+
+    def __matmul__(self, other: Planes) -> Planes:
+        columns = other.mT.rows
+        return Planes([[dot(row, column) for column in columns] for row in self.rows])
+
+
+Matrices = Tensor | Planes
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """The products a · b. A tensor b may be compact: (..., 1, 1) is a multiple of the identity, (..., 1, p) a diagonal."""
+    return a * b if isinstance(b, Tensor) and b.shape[-2] < a.shape[-1] else a @ b
+
+
+def scaled(m: Any, value: Value) -> Any:
+    """m · value; nothing is computed for 1, and 0 is a number."""
+    if isinstance(m, Tensor) and isinstance(value, float) and value in (0.0, 1.0):
+        return m if value else 0.0
+    return m * value
+
+
+def gram(a: Any, b: Any) -> Any:
+    """aᵀb, (..., p, p)."""
+    return a.mT @ b
+
+
+def symmetric_matmul(a: Any, b: Any) -> Any:
+    """a · b where that is known to be symmetric: half of it is computed where that saves something."""
+    if isinstance(a, Tensor):
+        return a @ b
+    columns, size = b.mT.rows, range(len(a.rows))
+    upper = {(i, j): dot(a.rows[i], columns[j]) for i in size for j in size if i <= j}
+    return Planes([[upper[min(i, j), max(i, j)] for j in size] for i in size])
+
+
+def trace(m: Any) -> Value:
+    """Sum of the diagonal, one value for each matrix: (..., 1, 1) of a tensor."""
+    if isinstance(m, Tensor):
+        return m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return total(row[i] for i, row in enumerate(m.rows))
+
+
+def squares(m: Any) -> Value:
+    """Squared Frobenius norm, one value for each matrix: (..., 1, 1) of a tensor."""
+    return m.square().sum((-2, -1), keepdim=True) if isinstance(m, Tensor) else total(x * x for x in m.entries)
+
+
+def symmetric_part(m: Any) -> Any:
+    """(m + mᵀ) / 2."""
+    if isinstance(m, Tensor):
+        return (m + m.mT) / 2
+    size = range(len(m.rows))
+    return Planes([[m.rows[i][i] if i == j else (m.rows[i][j] + m.rows[j][i]) * 0.5 for j in size] for i in size])
+
+
+def diagonal(m: Any, f: Callable[[Value], Value] = lambda x: x) -> Any:
+    """The diagonal matrix of ``f`` of the diagonal of ``m``; compact, (..., 1, p), for a tensor."""
+    if isinstance(m, Tensor):
+        return f(m.diagonal(dim1=-2, dim2=-1))[..., None, :]
+    return Planes([[f(x) if i == j else 0.0 for j, x in enumerate(row)] for i, row in enumerate(m.rows)])
+
+
+def multiple(value: Value, like: Any) -> Any:
+    """``value`` times the identity; compact, (..., 1, 1), for a tensor."""
+    return value if isinstance(like, Tensor) else diagonal(like, lambda _: value)
+
+
+def add_identity(m: Any, value: float, factor: float = 1.0) -> Any:
+    """factor · m + value · I; of a compact tensor a compact one."""
+    if not isinstance(m, Tensor):
+        return Planes(
+            [
+                [_multiply(x, factor) + (value if i == j else 0.0) for j, x in enumerate(row)]
+                for i, row in enumerate(m.rows)
+            ]
+        )
+    if m.shape[-2] == 1:
+        return m * factor + value
+    m = m * factor
+    m.diagonal(dim1=-2, dim2=-1).add_(value)
+    return m
+
+
+def diagonal_where_zero(m: Any) -> Any:
+    """The diagonal matrix with a 1 where the diagonal of ``m`` is zero."""
+    if isinstance(m, Tensor):
+        return torch.diag_embed((m.diagonal(dim1=-2, dim2=-1) == 0).to(m.dtype))
+    return diagonal(m, lambda x: where(x == 0, 1.0, 0.0))
+
+
+def size(m: Any) -> int:
+    """p of p x p matrices."""
+    return m.shape[-1] if isinstance(m, Tensor) else len(m.rows)
+
+
+def is_double(m: Any) -> bool:
+    """Whether the numbers are in double precision."""
+    return m.dtype == torch.float64 if isinstance(m, Tensor) else m.is_double
+
+
+def expand(m: Tensor, p: int) -> Tensor:
+    """The full matrix (..., p, p) of a compact one."""
+    if m.shape[-2] == p and m.shape[-1] == p:
+        return m
+    return torch.diag_embed(m[..., 0, :].expand(*m.shape[:-2], p))
+
+
+def where(mask: Any, a: Any, b: Any) -> Any:
+    """``a`` where ``mask`` holds and ``b`` elsewhere, for values or matrices."""
+    if isinstance(mask, bool):
+        return a if mask else b
+    if isinstance(a, Planes):
+        return a.map(lambda x, y: where(mask, x, y), b)
+    if a is b or (isinstance(a, float) and isinstance(b, float) and a == b):
+        return a
+    return torch.where(mask, a, b) if isinstance(mask, Tensor) else mask.where(a, b)
+
+
+def total(values: Iterable[Value]) -> Value:
+    """The sum of some values."""
+    out: Value = 0.0
+    for value in values:
+        out = _add(out, value)
+    return out
+
+
+def _is(x: Value, number: float) -> bool:
+    return isinstance(x, float) and x == number
+
+
+def _add(a: Value, b: Value) -> Value:
+    return b if _is(a, 0.0) else a if _is(b, 0.0) else a + b
+
+
+def subtract(a: Value, b: Value) -> Value:
+    return a if _is(b, 0.0) else -b if _is(a, 0.0) else a - b
+
+
+def _multiply(a: Value, b: Value) -> Value:
+    return 0.0 if _is(a, 0.0) or _is(b, 0.0) else b if _is(a, 1.0) else a if _is(b, 1.0) else a * b
+
+
+def dot(a: Iterable[Value], b: Iterable[Value]) -> Value:
+    return total(_multiply(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,244 @@
+"""Symbols that write down what is done to them, and the C++ loop around what they wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["Program", "Symbol", "loop"]
+
+_TILE = 64  # components that are worked on together: a few of the widest vectors; their entries fit the first cache
+
+
+class Symbol:
+    """A number in generated code: an operation on it adds a line to its program, and gives the result's symbol."""
+
+    def __init__(self, program: Program, name: str) -> None:
+        self._program = program
+        self.name = name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that it stands for."""
+        return self._program.dtype
+
+    def __add__(self, other: Any) -> Symbol:
+        return self._program.line("{} + {}", self, other)
+
+    def __radd__(self, other: Any) -> Symbol:
+        return self._program.line("{} + {}", other, self)
+
+    def __sub__(self, other: Any) -> Symbol:
+        return self._program.line("{} - {}", self, other)
+
+    def __rsub__(self, other: Any) -> Symbol:
+        return self._program.line("{} - {}", other, self)
+
+    def __mul__(self, other: Any) -> Symbol:
+        return self._program.line("{} * {}", self, other)
+
+    def __rmul__(self, other: Any) -> Symbol:
+        return self._program.line("{} * {}", other, self)
+
+    def __truediv__(self, other: Any) -> Symbol:
+        return self._program.line("{} / {}", self, other)
+
+    def __rtruediv__(self, other: Any) -> Symbol:
+        return self._program.line("{} / {}", other, self)
+
+    def __neg__(self) -> Symbol:
+        return self._program.line("-{}", self)
+
+    def __eq__(self, other: Any) -> Symbol:  # type: ignore[override]
+        return self._program.line("{} == {}", self, other)
+
+    def __le__(self, other: Any) -> Symbol:
+        return self._program.line("{} <= {}", self, other)
+
+    __hash__ = object.__hash__
+
+    def rsqrt(self) -> Symbol:
+        """1 / √x."""
+        return self._program.line("1 / std::sqrt({})", self)
+
+    def where(self, a: Any, b: Any) -> Symbol:
+        """``a`` where this condition holds, else ``b``."""
+        return self._program.line("{} ? {} : {}", self, a, b)
+
+
+class Program:
+    """Straight-line code on numbers of one type. An operation that was done before is not done again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.lines: list[str] = []
+        self.numbers: set[int] = set()
+        self._known: dict[str, Symbol] = {}
+
+    @property
+    def real(self) -> str:
+        """The type in C++."""
+        return "double" if self.dtype == torch.float64 else "float"
+
+    def symbol(self, name: str) -> Symbol:
+        """The symbol of something that the code is given."""
+        return Symbol(self, name)
+
+    def number(self, i: int) -> Symbol:
+        """The symbol of one of the numbers of the step."""
+        self.numbers.add(i)
+        return Symbol(self, f"s{i}")
+
+    def line(self, form: str, *operands: Any) -> Symbol:
+        """The symbol of the result of an operation."""
+        code = form.format(*(x.name if isinstance(x, Symbol) else self._literal(x) for x in operands))
+        if code not in self._known:
+            name = f"v{len(self._known)}"
+            self._known[code] = Symbol(self, name)
+            self.lines.append(f"const auto {name} = {code};")
+        return self._known[code]
+
+    def _literal(self, x: float) -> str:
+        return f"real({x!r})" if isinstance(x, float) else str(x)
+
+    def store(self, place: str, value: Symbol) -> None:
+        """Write a value to where the code's result is expected."""
+        self.lines.append(f"{place} = {value.name};")
+
+
+def loop(
+    program: Program,
+    entries: Sequence[int],
+    factors: int,
+    radius: bool,
+    *,
+    reads: Iterable[str],
+    writes: Iterable[str],
+    sums: bool,
+) -> str:
+    """The C++ function ``kernel`` that runs ``program`` for every component of a weight.
+
+    The entries of a tile of components lie in planes: in place where neighbours in memory are neighbours in the loop (as in
+    channels_last), else gathered into the first cache.
+
+    Args:
+        program: reads and writes ``w0[t]``, ``w1[t]``, ... (weight), ``g`` (gradient), ``b`` (momentum); reads ``u`` (U),
+            ``r[t]`` (R), ``m[t]`` (number of the manifold), ``f[t]`` (1/𝔤), ``s`` (numbers of the step); writes ``q[t]``
+            (squared norm) or ``o[t]`` (whether the component was moved).
+        entries: numbers of the entries of a component.
+        factors: number of entries of U.
+        radius: whether there is an R.
+        reads: tensors to read.
+        writes: tensors to write.
+        sums: whether squared norms are summed up over groups, or 1/𝔤 looked up for them.
+    """
+    size, order = len(entries), {"w": 0, "g": 1, "b": 2}
+
+    def operand(name: str) -> str:
+        row, at = order[name], order[name] * size
+        return f"""
+      real {name}_tile[{size}][T], {", ".join(f"*{name}{e} = {name}_tile[{e}]" for e in entries)};
+      real* const {name}_here = {name.upper()} + {_position(row)};
+      const int64_t {name}_step = strides[{4 * row + 3}];
+      const bool {name}_direct = {name}_step == 1 && l == T;
+      if ({name}_direct) {{ {" ".join(f"{name}{e} = {name}_here + offsets[{at + e}];" for e in entries)} }}
+      else {{ {" ".join(f"gather({name}{e}, {name}_here + offsets[{at + e}], {name}_step, l);" for e in entries)} }}"""
+
+    def result(name: str) -> str:
+        at = order[name] * size
+        stores = " ".join(f"scatter({name}{e}, {name}_here + offsets[{at + e}], {name}_step, l);" for e in entries)
+        return f"""
+      if (!{name}_direct) {{ {stores} }}"""
+
+    slots = """
+      int32_t slot[T];
+      gather(slot, S + k, k_step, l);
+      for (int t = l; t < T; ++t) slot[t] = -1;"""
+    lookup = (
+        slots
+        + """
+      real f[T];
+      for (int t = 0; t < T; ++t) f[t] = 1;
+      for (int i = 0; i < slots; ++i) {
+        const real* const row = table + i * pools + pool;
+        if (pool_step == 0) { const real x = *row; for (int t = 0; t < T; ++t) f[t] = slot[t] == i ? x : f[t]; }
+        else for (int t = 0; t < l; ++t) f[t] = slot[t] == i ? row[t * pool_step] : f[t];
+      }"""
+    )
+    adding = (
+        slots
+        + """
+      for (int i = 0; i < slots; ++i) {
+        double* const row = sums + (thread * slots + i) * pools + pool;
+        if (pool_step == 0) {
+          real x = 0;
+          _Pragma("omp simd reduction(+:x)")
+          for (int t = 0; t < T; ++t) x += slot[t] == i ? q[t] : real(0);
+          *row += x;
+        }
+        else for (int t = 0; t < l; ++t) row[t * pool_step] += slot[t] == i ? q[t] : real(0);
+      }"""
+    )
+    upper = "".join(f"\n      real u{i}[T]; gather(u{i}, U + {i} * count + k, k_step, l);" for i in range(factors)) + (
+        f"\n      real r[T]; gather(r, R + {_position(5)}, strides[23], l);" if radius else ""
+    )
+    body = "\n        ".join(program.lines)
+    # Read here, for a number that is read in a branch keeps the loop from being vectorised.
+    numbers = " ".join(f"const real s{i} = s[{i}];" for i in sorted(program.numbers))
+    return f"""
+#include <cmath>
+#include <cstdint>
+#include <omp.h>
+
+typedef {program.real} real;
+constexpr int T = {_TILE};
+
+template <typename To, typename From>
+static inline void gather(To* to, const From* from, int64_t step, int l) {{
+  if (step == 1 && l == T) for (int t = 0; t < T; ++t) to[t] = from[t];
+  else {{ for (int t = 0; t < l; ++t) to[t] = from[t * step]; for (int t = l; t < T; ++t) to[t] = from[0]; }}
+}}
+
+static inline void scatter(const real* from, real* to, int64_t step, int l) {{
+  for (int t = 0; t < l; ++t) to[t * step] = from[t];
+}}
+
+extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, real* B, const real* U, const real* R,
+                       const uint8_t* M, const uint8_t* S, const real* table, double* sums, bool* moved) {{
+  const int64_t threads = layout[0], count = layout[1], slots = layout[2], pools = layout[3];
+  const int64_t *sizes = layout + 4, *strides = layout + 8, *offsets = layout + 32;
+  const int64_t tiles = (sizes[3] + T - 1) / T, k_step = strides[15], pool_step = strides[19];
+  {numbers}
+  #pragma omp parallel num_threads(threads)
+  {{
+    const int64_t thread = omp_get_thread_num();
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < sizes[0] * sizes[1] * sizes[2] * tiles; ++i) {{
+      const int64_t c = i % tiles * T, z = i / tiles % sizes[2];
+      const int64_t y = i / tiles / sizes[2] % sizes[1], x = i / tiles / sizes[2] / sizes[1];
+      const int l = sizes[3] - c < T ? sizes[3] - c : T;
+      const int64_t k = {_position(3)}, pool = {_position(4)};
+      int32_t m[T];
+      gather(m, M + k, k_step, l);{"".join(map(operand, reads))}{upper}
+      {"real q[T];" if sums else "int32_t o[T];" + lookup}
+      #pragma omp simd
+      for (int t = 0; t < T; ++t) {{
+        {body}
+      }}{
+        adding
+        if sums
+        else "".join(map(result, writes))
+        + '''
+      for (int t = 0; t < l; ++t) moved[k + t * k_step] = o[t] != 0;'''
+    }
+    }}
+  }}
+}}
+"""
+
+
+def _position(operand: int) -> str:
+    """Where the tile begins in a tensor."""
+    return " + ".join(f"{axis} * strides[{4 * operand + i}]" for i, axis in enumerate("xyzc"))
