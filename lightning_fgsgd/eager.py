@@ -63,7 +63,9 @@ def advance(
         omega[part] = w_new
         if momenta is not None:
             momenta[part] = b_new
-        moved.append(within.flatten())
+        moved.append(
+            omega.new_ones(omega[part].shape[:-2].numel(), dtype=torch.bool) if within is True else within.flatten()
+        )
     _write(pom, weight, omega)
     if buffer is not None and momenta is not None:
         _write(pom, buffer, momenta)

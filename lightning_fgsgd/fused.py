@@ -66,7 +66,7 @@ def _compile(source: str) -> Any:
 
 def group_squares(pom: POM, weight: Tensor, grad: Tensor, metric: str, options: Options) -> Tensor:
     """Sums of ‖gradL(ω)‖² over the groups, (G,), in double precision."""
-    kernel = _kernel(_variant(pom, weight, metric), "squares", False)
+    kernel = _kernel(_variant(pom, weight, metric), "squares")
     threads = torch.get_num_threads() if pom.cutting.count >= 2048 else 1
     sums = torch.zeros(threads, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool, dtype=torch.float64)
     _call(kernel, pom, weight, grad, None, None, metric, options, sums, None, threads)
@@ -85,7 +85,7 @@ def advance(
 ) -> Tensor:
     """As :func:`lightning_fgsgd.eager.advance`."""
     kind = "move" if buffer is None else "nesterov" if nesterov else "momentum"
-    kernel = _kernel(_variant(pom, weight, metric), kind, True)
+    kernel = _kernel(_variant(pom, weight, metric), kind)
     threads = torch.get_num_threads() if pom.cutting.count >= 2048 else 1
     within = torch.empty(pom.cutting.count, dtype=torch.bool)
     table = share.view(-1, pom.sets.groups_in_pool).T.contiguous()
@@ -105,7 +105,7 @@ def _variant(pom: POM, weight: Tensor, metric: str) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _kernel(variant: tuple[Any, ...], kind: str, moves: bool) -> Any:
+def _kernel(variant: tuple[Any, ...], kind: str) -> Any:
     return _compile(source(variant, kind))
 
 
@@ -123,7 +123,10 @@ def source(variant: tuple[Any, ...], kind: str) -> str:
     inverse_root: Any = program.number(len(Options._fields) + names[0][0])
     for (_, mask), (number, _) in zip(masks[1:], names[1:], strict=True):
         inverse_root = where(mask, program.number(len(Options._fields) + number), inverse_root)
-    radius = program.symbol("r[t]") if has_radius else None
+    radius: Any = program.symbol("r[t]") if has_radius else None
+    for manifold, mask in masks:
+        if has_radius and manifold.name == "euclidean":
+            radius = where(mask, 1.0, radius)  # R is kept by channel, for all components of it
     if embedded:
         inverse_root = inverse_root / radius
     geometry = Geometry(masks, inverse_root, radius, _upper(program, entries, p))
@@ -173,16 +176,16 @@ def _call(
     moved: Tensor | None,
     threads: int,
 ) -> None:
-    views = [pom.cutting.view(x) for x in (weight, grad, weight if buffer is None else buffer)]
-    sizes, strides = _axes(pom, tuple(v.stride() for v in views))  # type: ignore[union-attr]
-    of_entry = [
-        [i * v.stride(-2) + j * v.stride(-1) for i in range(v.shape[-2]) for j in range(v.shape[-1])] for v in views
-    ]  # type: ignore[union-attr]
+    views: list[Any] = [pom.cutting.view(x) for x in (weight, grad, weight if buffer is None else buffer)]
+    sizes, strides = _axes(pom, tuple(v.stride() for v in views))
+    offsets = [
+        i * v.stride(-2) + j * v.stride(-1) for v in views for i in range(v.shape[-2]) for j in range(v.shape[-1])
+    ]
     inverse_roots = [m**-0.5 for m in pom.metrics(metric)]
     real = ctypes.c_double if weight.dtype == torch.float64 else ctypes.c_float
     numbers = [*map(float, options), *inverse_roots]
     layout = [threads, pom.cutting.count, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool]
-    layout += [*sizes, *strides, *(x for offsets in of_entry for x in offsets)]
+    layout += [*sizes, *strides, *offsets]
     tensors = (weight, grad, buffer, pom.upper, pom._radius, pom.sets.manifold, pom.sets.slot, table, sums, moved)
     kernel(
         (ctypes.c_int64 * len(layout))(*layout),

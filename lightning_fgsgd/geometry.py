@@ -1,9 +1,9 @@
 """The geometry of some components of a weight at once, on whichever manifold each of them lives: what a step needs of it.
 
 A component is ω = R · q · U, with q on a unit manifold and U an upper triangular factor of the Gram information that is
-kept, UᵀU = S². For Sphere and Oblique U is S itself, a number or p of them. On Stiefel it is S up to a rotation of q, which the
-manifold, its metric and its retraction do not see; and unlike S it is solved for exactly, also where it is singular: where a
-column of ω depends on those before it, that row of U and that column of q are zero.
+kept, UᵀU = S². For Sphere and Oblique U is S itself, a number or p of them. On Stiefel it is S up to a rotation of q, which
+the manifold, its metric and its retraction do not see; and unlike S it is solved for exactly, also where it is singular: if
+a column of ω depends on those before it, that row of U and that column of q are zero.
 """
 
 from __future__ import annotations
@@ -60,31 +60,44 @@ class Geometry:
         g = grad if self.upper is None else matmul(grad, self.upper.mT if _is_full(self.upper) else self.upper)
         return g if self.radius is None else g * self.radius
 
-    def push(self, change: Any) -> Any:
-        """The change of ω that goes with one of q: R · change · U."""
-        c = change if self.upper is None else matmul(change, self.upper)
-        return c if self.radius is None else c * self.radius
+    def follow(self, omega: Any, q: Any, new: Any) -> Any:
+        """The weights that go with new unit points: ω + R · (new − q) · U.
+
+        They are changed by what q changes by, and not made anew from it: rounding then has no direction to add up in.
+        """
+        if self.radius is None and self.upper is None:
+            return new
+        change = new - q if self.radius is None else (new - q) * self.radius
+        return omega + (change if self.upper is None else matmul(change, self.upper))
 
     def tangent(self, q: Any, g: Any) -> Any:
         """Orthogonal projection of ``g`` on the tangent spaces at ``q`` (Remark 2)."""
-        return g - matmul(q, self._select([m.normal(gram(q, g)) for m, _ in self.manifolds]))
+        inner = gram(q, g)
+        return matrices.subtract_product(g, q, self._select([m.normal(inner) for m, _ in self.manifolds]))
 
-    def retraction(self, q: Any, h: Any) -> Any:
-        """The retracted q + h, less q: the unit points that ``h`` leads to (lines 7 and 8 of Algorithm 1)."""
-        v = q + h
+    def retract(self, v: Any) -> tuple[Any, Any]:
+        """Where v = q + h is retracted to (lines 7 and 8 of Algorithm 1), and before that, for which components that holds.
+
+        It does not for steps that are too long for the Newton-Schulz products on Stiefel, and for any that is not finite.
+        """
         inner = matrices.symmetric_matmul(v.mT, v)
-        roots = self._select([m.inverse_root(inner) for m, _ in self.manifolds])
-        return h + matmul(v, matrices.add_identity(roots, -1.0))
-
-    def within_reach(self, h: Any) -> Any:
-        """Which steps :meth:`retraction` is exact for; the others, and those that are not finite, go another way."""
-        length = matrices.squares(h)
+        length: Any = matrices.trace(inner)  # about ‖h‖²
         limit: Any = _FAR
         for manifold, mask in self.manifolds:
             if isinstance(manifold, Stiefel):
-                p = h.shape[-1] if isinstance(h, Tensor) else len(h.rows[0])
-                limit = where(mask, manifold.reach(p, matrices.is_double(h))[1], _FAR)
-        return length <= limit
+                p = matrices.size(inner)
+                length = matrices.trace(inner + matrices.diagonal_where_zero(inner)) - float(p)
+                limit = where(mask, manifold.reach(p, matrices.is_double(inner)), limit)
+        within = matrices.settled(length <= limit)
+        return within, matmul(v, self._select([m.inverse_root(inner) for m, _ in self.manifolds]))
+
+    def retract_far(self, q: Tensor, h: Tensor) -> Tensor:
+        """As :meth:`retract`, for steps of any length, by the manifolds' own retractions. Of tensors."""
+        new = q + h
+        for manifold, mask in self.manifolds:
+            some = slice(None) if mask is True else mask[..., 0, 0]
+            new[some] = manifold.retract(q[some], h[some])
+        return new
 
     def euclidean(self, value: Any) -> Any:
         """``value`` for components that are not constrained, 0 for the others."""
@@ -94,22 +107,15 @@ class Geometry:
                 out = where(mask, value, 0.0)
         return out
 
-    def far_retraction(self, q: Tensor, h: Tensor) -> Tensor:
-        """As :meth:`retraction`, for steps of any length, by the manifolds' own retractions. Of tensors."""
-        moved = q + h
-        for manifold, mask in self.manifolds:
-            some = slice(None) if mask is True else mask[..., 0, 0]
-            moved[some] = manifold.retract(q[some], h[some])
-        return moved - q
-
     def _select(self, of_each: list[Any]) -> Any:
         """Of each component the matrix that belongs to its manifold."""
-        if len(of_each) > 1 and isinstance(of_each[0], Tensor):
-            p = max(m.shape[-1] for m in of_each)
-            if any(m.shape[-2] > 1 for m in of_each):
-                of_each = [matrices.expand(m, p) for m in of_each]
-        chosen = of_each[0]
-        for (_, mask), matrix in zip(self.manifolds[1:], of_each[1:], strict=True):
+        found = list(zip((mask for _, mask in self.manifolds), of_each, strict=True))
+        if isinstance(of_each[0], Tensor):  # compact ones first, so that one expansion does for them all
+            found.sort(key=lambda one: one[1].shape[-2])
+        _, chosen = found[0]
+        for mask, matrix in found[1:]:
+            if isinstance(matrix, Tensor) and chosen.shape[-2] < matrix.shape[-2]:
+                chosen = matrices.expand(chosen, matrix.shape[-1])
             chosen = where(mask, matrix, chosen)
         return chosen
 

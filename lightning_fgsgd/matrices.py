@@ -68,7 +68,30 @@ Matrices = Tensor | Planes
 
 def matmul(a: Any, b: Any) -> Any:
     """The products a · b. A tensor b may be compact: (..., 1, 1) is a multiple of the identity, (..., 1, p) a diagonal."""
-    return a * b if isinstance(b, Tensor) and b.shape[-2] < a.shape[-1] else a @ b
+    if not isinstance(a, Tensor):
+        return a @ b
+    if b.shape[-2] < a.shape[-1]:
+        return a * b
+    # Rows of a block lie in memory one after the other: a result that does so too is added to it as a vector is to a vector.
+    return (b.mT @ a.mT).mT if a.stride(-2) < a.stride(-1) else a @ b
+
+
+def subtract_product(c: Any, a: Any, b: Any) -> Any:
+    """c − a · b, with b as in :func:`matmul`."""
+    if not isinstance(a, Tensor) or a.ndim != 3 or b.shape[-2] < a.shape[-1]:
+        return c - matmul(a, b)
+    if a.stride(-2) < a.stride(-1):
+        return torch.baddbmm(c.mT, b.mT, a.mT, alpha=-1).mT
+    return torch.baddbmm(c, a, b, alpha=-1)
+
+
+def combine(a: Any, x: Value, b: Any, y: Value) -> Any:
+    """x · a + y · b."""
+    if isinstance(a, Tensor) and isinstance(x, float) and isinstance(y, float):
+        return scaled(a, x).add(b, alpha=y)
+    if isinstance(a, Tensor) and isinstance(x, float):
+        return torch.addcmul(scaled(a, x), b, y)
+    return a * x + b * y
 
 
 def scaled(m: Any, value: Value) -> Any:
@@ -90,6 +113,11 @@ def symmetric_matmul(a: Any, b: Any) -> Any:
     columns, size = b.mT.rows, range(len(a.rows))
     upper = {(i, j): dot(a.rows[i], columns[j]) for i in size for j in size if i <= j}
     return Planes([[upper[min(i, j), max(i, j)] for j in size] for i in size])
+
+
+def settled(mask: Any) -> Any:
+    """``True`` in place of a mask that holds everywhere, where the answer costs no wait for a device."""
+    return True if isinstance(mask, Tensor) and mask.device.type == "cpu" and bool(mask.all()) else mask
 
 
 def trace(m: Any) -> Value:
@@ -159,9 +187,7 @@ def is_double(m: Any) -> bool:
 
 def expand(m: Tensor, p: int) -> Tensor:
     """The full matrix (..., p, p) of a compact one."""
-    if m.shape[-2] == p and m.shape[-1] == p:
-        return m
-    return torch.diag_embed(m[..., 0, :].expand(*m.shape[:-2], p))
+    return m if m.shape[-2] == p else m * torch.eye(p, dtype=m.dtype, device=m.device)
 
 
 def where(mask: Any, a: Any, b: Any) -> Any:

@@ -258,8 +258,8 @@ class FGSGD(torch.optim.Optimizer):
         if not found:
             return []
         sizes = [p.numel() for group in self.param_groups for p in group["params"]]
-        # A step holds about ten tensors of a chunk: together the largest weight, or 5 % of all.
-        chunk = max(2**14, max(max(sizes), sum(sizes) // 20) // 10)
+        # A step holds about six tensors of a chunk: together the largest weight, or 5 % of all.
+        chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 6))
         updates = []
         for p, group in found:
             compiled = self._poms[p].cutting.small and p.device.type == "cpu" and compiles(group["compile"])

@@ -50,7 +50,7 @@ class Part(NamedTuple):
     """The components of a weight that live on one kind of manifold, with the symmetric root S of their Gram information."""
 
     manifold: Manifold
-    index: Tensor  # which components, (j,)
+    members: Tensor  # which components, (j,)
     scale: Tensor  # S, compact
     inverse: Tensor  # its pseudo-inverse
 
@@ -132,9 +132,9 @@ class POM:
                 shape = (index.numel(), cutting.n, cutting.p)
                 omega[index] = manifold.random(*shape, generator=generator, dtype=torch.float64).to(omega)
         upper = None
-        if planned.start == "preserve":
+        if factors:
             upper = _pack_upper(factors, sets.to(weight.device), cutting, omega)
-        else:
+        if planned.start != "preserve":
             weight.copy_(cutting.join(omega))
         radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
         return cls(planned.name, cutting, sets, planned.start, upper, radius, origins, sizes)
@@ -277,7 +277,7 @@ class POM:
         """The unit points q of the constrained components in ω = R · q · S, a tensor (j, n, p) for each part."""
         radius = self.radius
         return [
-            part.manifold.scaled(omega[part.index], part.inverse) / radius[part.index, None, None]
+            part.manifold.scaled(omega[part.members], part.inverse) / radius[part.members, None, None]
             for part in (self.parts if parts is None else parts)
         ]
 
@@ -298,7 +298,7 @@ class POM:
         out = omega.clone()
         parts = self.parts
         for part, q in zip(parts, self.unit_points(omega, parts), strict=True):
-            out[part.index] = q
+            out[part.members] = q
         return out
 
     def pull(self, average: Tensor, towards: Tensor, share: float) -> Tensor:
@@ -332,9 +332,9 @@ class POM:
         """
         omega, radius = self.cutting.cut(working(weight)).clone(), self.radius[:, None, None]
         for part in self.parts:
-            r = radius[part.index]
-            q = part.manifold.project(part.manifold.scaled(omega[part.index], part.scale) / r)
-            omega[part.index] = part.manifold.scaled(q, part.scale) * r
+            r = radius[part.members]
+            q = part.manifold.project(part.manifold.scaled(omega[part.members], part.scale) / r)
+            omega[part.members] = part.manifold.scaled(q, part.scale) * r
         weight.copy_(self.cutting.join(omega))
 
     @torch.no_grad()
@@ -343,8 +343,8 @@ class POM:
         omega, radius = wide(self.cutting.cut(weight)), wide(self.radius)
         worst = [omega.new_zeros(())]
         for part in self.parts:
-            target = part.manifold.target(wide(part.scale)) * radius[part.index, None].square()
-            error = (part.manifold.fixed(omega[part.index]) - target).norm(dim=-1)
+            target = part.manifold.target(wide(part.scale)) * radius[part.members, None].square()
+            error = (part.manifold.fixed(omega[part.members]) - target).norm(dim=-1)
             norm = target.norm(dim=-1)
             # A zero component may stay zero; NaN is not hidden.
             worst.append(torch.where(error == 0, torch.zeros_like(error), error / norm).max())
@@ -356,7 +356,7 @@ class POM:
         radius = self.radius
         scale = torch.eye(p, dtype=radius.dtype, device=radius.device).repeat(self.cutting.count, 1, 1)
         for part in self.parts:
-            scale[part.index] = part.manifold.scaled(scale[part.index], part.scale)
+            scale[part.members] = part.manifold.scaled(scale[part.members], part.scale)
         components = self.cutting.cut(weight.detach()).clone()
         sets = self.sets
         return ProductOfManifolds(

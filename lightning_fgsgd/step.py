@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lightning_fgsgd.geometry import Geometry
-from lightning_fgsgd.matrices import scaled, where
+from lightning_fgsgd.matrices import combine, scaled, where
 
 __all__ = ["Options", "move", "riemannian_gradient"]
 
@@ -32,13 +32,14 @@ class Options(NamedTuple):
     fresh: Any
 
 
-def riemannian_gradient(geometry: Geometry, q: Any, omega: Any, grad: Any, options: Options) -> Any:
+def riemannian_gradient(geometry: Geometry, q: Any, omega: Any, grad: Any, options: Options, share: Any = None) -> Any:
     """gradL(ω) from the Euclidean gradient (line 5), in the coordinates √m · q, in which its norm is the Riemannian norm.
 
-    Components on the Euclidean manifold keep their gradient, with weight decay.
+    Components on the Euclidean manifold keep their gradient, with weight decay. ``share`` is 1/𝔤, to divide by it (Eq. 3).
     """
     g = scaled(grad, options.sign) + scaled(omega, geometry.euclidean(options.decay))
-    return geometry.tangent(q, geometry.pull(g)) * geometry.inverse_root_metric
+    factor = geometry.inverse_root_metric if share is None else geometry.inverse_root_metric * share
+    return geometry.tangent(q, geometry.pull(g)) * factor
 
 
 def move(
@@ -65,17 +66,18 @@ def move(
         far: for steps that are out of reach of the fast retraction.
     """
     q = geometry.unit(omega)
-    direction = riemannian_gradient(geometry, q, omega, grad, options) * share
+    direction = riemannian_gradient(geometry, q, omega, grad, options, share)
     moved = direction
     if buffer is not None:
-        moved = buffer * options.momentum + direction * options.fresh
-        direction = direction + moved * options.momentum if nesterov else moved
+        moved = combine(direction, options.fresh, buffer, options.momentum)
+        direction = combine(direction, 1.0, moved, options.momentum) if nesterov else moved
 
-    h = direction * (options.lr * -1.0 * geometry.inverse_root_metric)  # Eq. 3
-    within = True if far else geometry.within_reach(h)
-    change = geometry.far_retraction(q, h) if far else geometry.retraction(q, h)  # lines 7 and 8
-    # The weight is changed by what q changes by, and not made anew from q: rounding then has no direction to add up in.
-    weights = where(within, omega + geometry.push(change), omega)
+    rate = options.lr * -1.0 * geometry.inverse_root_metric  # h = rate · direction, Eq. 3
+    if far:
+        within, new = True, geometry.retract_far(q, direction * rate)
+    else:
+        within, new = geometry.retract(combine(q, 1.0, direction, rate))  # lines 7 and 8
+    weights = where(within, geometry.follow(omega, q, new), omega)
     if buffer is None:
         return weights, None, within
-    return weights, where(within, geometry.tangent(q + change, moved), buffer), within
+    return weights, where(within, geometry.tangent(new, moved), buffer), within

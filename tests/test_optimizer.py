@@ -367,10 +367,9 @@ def test_a_run_of_torch_sgd_can_be_continued():
     weight = model[0].weight
     pom = optimizer.poms[weight]
     buffer = pom.cutting.cut(optimizer.state[weight]["momentum_buffer"])
-    points = pom.unit_points(pom.cutting.cut(weight.detach()))
-    for part, q in zip(pom.parts, points, strict=True):
-        tangent = part.manifold.tangent(q, buffer[part.index])
-        torch.testing.assert_close(tangent, buffer[part.index])  # the buffer is a tangent vector now
+    geometry = pom.geometry("start", (pom.cutting.count,))
+    points = geometry.unit(pom.cutting.cut(weight.detach()))
+    torch.testing.assert_close(geometry.tangent(points, buffer), buffer)  # the buffer is a tangent vector now
     step_n(model, optimizer, 2, seed=2)
     assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
 
@@ -579,7 +578,7 @@ def test_index_sets_and_radii_add_less_than_3_percent_to_a_checkpoint_of_resnet5
     weights = 2 * 4 * sum(p.numel() for p in model.parameters())  # with momentum
     added = 0
     for weight in plan.weights.values():
-        packed = pack(weight.index_sets, weight.cutting, scheme)
+        packed = pack(weight.index_sets)
         assert unpack(packed, weight.cutting).group.equal(weight.index_sets.group)
         added += sum(x.numel() * x.element_size() for x in packed.values() if isinstance(x, torch.Tensor))
         added += 4 * (int(weight.cutting.reads().max()) + 1)  # R, by input channel

@@ -19,6 +19,15 @@ __all__ = ["Stiefel"]
 _LONG = 4.0
 
 
+# Iterations of Newton-Schulz, and the t = ‖h‖² up to which they end within 2e-7 (in double precision, 1e-14) of the root.
+_REACH = (
+    {2: 0.053, 3: 0.44, 4: 1.68, 5: 4.7, 6: 11.7, 7: 27.5, 8: 63.0},
+    {3: 0.046, 4: 0.4, 5: 1.59, 6: 4.5, 7: 11.2, 8: 26.3, 9: 60.5, 10: 137.0},
+)
+# Where they cost much, for small kernels, a turn of a component by a radian is enough; else they cost nothing beside v.
+_FEW_ITERATIONS, _MOST_ITERATIONS = (4, 6), (8, 10)
+
+
 class Stiefel(Manifold):
     """Matrices with orthonormal columns, qᵀq = I, with the Euclidean metric; the retraction is the polar factor.
 
@@ -51,16 +60,16 @@ class Stiefel(Manifold):
         """gram^(-1/2) by the coupled Newton-Schulz iteration (Higham, *Functions of Matrices*, Eq. 6.35): products only.
 
         For v = q + h with a tangent h, vᵀv = I + hᵀh has its eigenvalues in [1, 1 + t], t = ‖h‖². Divided by 1 + t/2 they
-        are within t / (2 + t) of 1, and each iteration squares that distance, times 3/4 at most and a little. How many
-        iterations :meth:`reach` counts on follows from t alone. Directions that q lacks (columns of v that are zero) have
-        a 1 put in their place.
+        are within t / (2 + t) of 1, and each iteration squares that distance, times 3/4 and a little. So t says how many
+        iterations it takes (:data:`_REACH`). Directions that q lacks (columns of v that are zero) have a 1 put in their
+        place.
         """
         m = matrices
         gram = gram + m.diagonal_where_zero(gram)
-        half = m.trace(gram) * 0.5 + (1 - m.size(gram) / 2)  # 1 + t/2
-        root = half.rsqrt()
+        t = m.trace(gram) - float(m.size(gram))
+        root = (t * 0.5 + 1.0).rsqrt()
         y, z = gram * (root * root), None
-        steps = self.reach(m.size(gram), m.is_double(gram))[0]
+        steps = _iterations(t, m.size(gram), m.is_double(gram))
         for step in range(steps):
             correction = m.add_identity(y if z is None else m.symmetric_matmul(z, y), 1.5, -0.5)
             y = m.symmetric_matmul(y, correction) if step < steps - 1 else y
@@ -68,14 +77,9 @@ class Stiefel(Manifold):
         return z * root
 
     @staticmethod
-    def reach(p: int, double: bool) -> tuple[int, float]:
-        """How many iterations :meth:`inverse_root` takes, and for which t = ‖h‖² they reach the precision's rounding.
-
-        A step of a kernel turns it by a small angle, so a few do; to a block's p x p matrices they cost nothing.
-        """
-        if p <= 3:
-            return (6, 4.5) if double else (4, 1.6)
-        return (10, 130.0) if double else (8, 60.0)
+    def reach(p: int, double: bool) -> float:
+        """The t = ‖h‖² up to which :meth:`inverse_root` is exact to rounding."""
+        return _REACH[double][_MOST_ITERATIONS[double] if p > 3 else _FEW_ITERATIONS[double]]
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
         # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however
@@ -178,6 +182,15 @@ class Stiefel(Manifold):
 
     def mean_square(self, s: Tensor) -> Tensor:  # noqa: D102
         return s.square().sum((-2, -1)).mean() / s.shape[-1]
+
+
+def _iterations(t: Any, p: int, double: bool) -> int:
+    """How many iterations are enough for all matrices: as few as can be where looking costs no wait for a device."""
+    most = (_MOST_ITERATIONS if p > 3 else _FEW_ITERATIONS)[double]
+    if not isinstance(t, Tensor) or t.device.type != "cpu" or t.numel() == 0:
+        return most
+    longest = float(t.max())
+    return next((steps for steps, reach in _REACH[double].items() if longest <= reach and steps <= most), most)
 
 
 def _svd(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
