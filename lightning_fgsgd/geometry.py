@@ -99,13 +99,12 @@ class Geometry:
             new[some] = manifold.retract(q[some], h[some])
         return new
 
-    def euclidean(self, value: Any) -> Any:
-        """``value`` for components that are not constrained, 0 for the others."""
-        out: Any = 0.0
+    def decayed(self, grad: Any, omega: Any, decay: Any) -> Any:
+        """The gradient with weight decay, which acts on Euclidean components only: on the others it is a normal vector."""
         for manifold, mask in self.manifolds:
-            if manifold.name == "euclidean":
-                out = where(mask, value, 0.0)
-        return out
+            if manifold.name == "euclidean" and not (isinstance(decay, float) and decay == 0.0):
+                grad = where(mask, matrices.combine(grad, 1.0, omega, decay), grad)
+        return grad
 
     def _select(self, of_each: list[Any]) -> Any:
         """Of each component the matrix that belongs to its manifold."""

@@ -95,10 +95,8 @@ def combine(a: Any, x: Value, b: Any, y: Value) -> Any:
 
 
 def scaled(m: Any, value: Value) -> Any:
-    """m · value; nothing is computed for 1, and 0 is a number."""
-    if isinstance(m, Tensor) and isinstance(value, float) and value in (0.0, 1.0):
-        return m if value else 0.0
-    return m * value
+    """m · value; nothing is computed for 1."""
+    return m if isinstance(value, float) and value == 1.0 else m * value
 
 
 def gram(a: Any, b: Any) -> Any:

@@ -37,7 +37,7 @@ def riemannian_gradient(geometry: Geometry, q: Any, omega: Any, grad: Any, optio
 
     Components on the Euclidean manifold keep their gradient, with weight decay. ``share`` is 1/𝔤, to divide by it (Eq. 3).
     """
-    g = scaled(grad, options.sign) + scaled(omega, geometry.euclidean(options.decay))
+    g = geometry.decayed(scaled(grad, options.sign), omega, options.decay)
     factor = geometry.inverse_root_metric if share is None else geometry.inverse_root_metric * share
     return geometry.tangent(q, geometry.pull(g)) * factor
 

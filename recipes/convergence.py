@@ -61,9 +61,7 @@ def gradient_norm(optimizer: FGSGD) -> float:
             if pom is None:
                 squares += float(p.grad.square().sum())
                 continue
-            points = pom.unit_points(pom.cutting.cut(p.detach()))
-            gradient = pom.tangent_gradient(points, pom.cutting.cut(p.grad), group["metric"])
-            squares += float(pom.group_norms(gradient).square().sum())
+            squares += float(pom.riemannian(p.detach(), p.grad, group["metric"]).square().sum())
     return squares**0.5
 
 

@@ -29,10 +29,10 @@ class Euclidean(Manifold):
         return g
 
     def normal(self, gram: Any) -> Any:  # noqa: D102
-        return multiple(gram.new_zeros(1, 1) if isinstance(gram, Tensor) else 0.0, gram)
+        return multiple(gram.new_zeros(()).expand(*gram.shape[:-2], 1, 1) if isinstance(gram, Tensor) else 0.0, gram)
 
     def inverse_root(self, gram: Any) -> Any:  # noqa: D102
-        return multiple(gram.new_ones(1, 1) if isinstance(gram, Tensor) else 1.0, gram)
+        return multiple(gram.new_ones(()).expand(*gram.shape[:-2], 1, 1) if isinstance(gram, Tensor) else 1.0, gram)
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
         return q + h

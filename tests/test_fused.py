@@ -1,0 +1,159 @@
+"""Compiled code does what torch's operations do, on every layout, whatever the shape; and gives way where it cannot."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fgsgd import FGSGD, fused, pom_param_groups, update
+from lightning_fgsgd.update import Update
+
+MIXES = [("sphere",), ("oblique",), ("stiefel",), ("sphere", "oblique", "stiefel"), ("stiefel", "euclidean")]
+
+
+def convolutions(dtype=torch.float32, layout=torch.contiguous_format):
+    """Square, wide, tall, grouped, depthwise, transposed, one- and three-dimensional kernels; long and ragged loops."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 70, 3),
+        nn.Conv2d(130, 3, 3),
+        nn.Conv2d(6, 9, (1, 3), groups=3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ConvTranspose2d(4, 6, 2, groups=2),
+        nn.Conv1d(5, 6, 4),
+    ).to(dtype)
+    return model.to(memory_format=layout)
+
+
+def run(model, compile, steps=3, scale=0.3, rescale=False, metric="start", **options):
+    groups = {k: options.pop(k) for k in ("scheme", "manifolds", "start", "groups") if k in options}
+    optimizer = FGSGD(pom_param_groups(model, seed=1, **groups), lr=0.1, compile=compile, metric=metric, **options)
+    generator = torch.Generator().manual_seed(1)
+    for pom, p in ((pom, p) for p, pom in optimizer.poms.items() if rescale):
+        channels = torch.rand(int(pom.cutting.reads().max()) + 1, generator=generator) + 0.5
+        optimizer.rescale(p, channels[pom.cutting.reads()].to(p))
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p).copy_(scale * torch.randn(p.shape, generator=generator))
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("start", ["preserve", "project"])
+@pytest.mark.parametrize("manifolds", MIXES, ids="-".join)
+@pytest.mark.parametrize("scheme", ["pi", "po", "pio"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "rescale": True},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "rho": None},
+        {"momentum": 0.5, "dampening": 0.3, "maximize": True, "metric": "embedded", "rescale": True},
+    ],
+    ids=["plain", "momentum", "nesterov", "embedded"],
+)
+def test_compiled_steps_equal_those_by_torchs_operations(options, scheme, manifolds, start, layout):
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(3)
+        model = convolutions(torch.float64, layout)
+        optimizer = run(model, compile, scheme=scheme, manifolds=manifolds, start=start, **options)
+        found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
+        assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def optimizer_state(optimizer):
+    return [optimizer.state[p]["momentum_buffer"] for p in optimizer.poms if "momentum_buffer" in optimizer.state[p]]
+
+
+def test_in_float32_they_agree_to_rounding():
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(3)
+        model = convolutions()
+        optimizer = run(model, compile, steps=10, momentum=0.9)
+        found.append([p.detach() for p in model.parameters()])
+        assert max(optimizer.distance(p) for p in optimizer.poms) < 2e-6
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_compiled_code_is_what_runs_and_the_others_are_left_to_torch(monkeypatch):
+    seen = {}
+    move = Update.move
+    monkeypatch.setattr(Update, "move", lambda self, s: seen.update({self.pom.name: self._fused}) or move(self, s))
+    model = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 7), nn.Linear(8, 8)])
+    run(model, True)
+    assert seen == {"0.weight": True, "1.weight": False, "2.weight": False}
+    run(model.to(torch.bfloat16), True)
+    assert not any(seen.values())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_steps_too_long_for_the_fast_retraction_end_where_the_manifold_says(compile):
+    # Long steps of some components only: those take the careful way, the others do not move twice.
+    layer = nn.Conv2d(6, 7, 3, bias=False).double()
+    optimizer = FGSGD(
+        pom_param_groups(layer, manifolds=["stiefel"], start="project"),
+        lr=1.0,
+        rho=None,
+        metric="unit",
+        compile=compile,
+    )
+    pom = optimizer.poms[layer.weight]
+    grad = 0.1 * torch.randn_like(layer.weight)
+    grad[2] *= 1000
+    layer.weight.grad = grad
+    q = layer.weight.detach().clone().flatten(0, 1)
+    stiefel = pom.manifolds[0]
+    expected = stiefel.retract(q, -stiefel.tangent(q, grad.flatten(0, 1)))
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach().flatten(0, 1), expected, atol=1e-12, rtol=0)
+
+
+def test_one_piece_of_code_serves_layers_of_all_shapes_and_learning_rates():
+    fused._kernel.cache_clear()
+    model = nn.ModuleList([nn.Conv2d(a, b, 3) for a, b in ((3, 5), (64, 9), (9, 64), (1, 33))])
+    optimizer = run(model, True, momentum=0.9)
+    optimizer.param_groups[0]["lr"] = 0.7
+    optimizer.step()
+    assert fused._kernel.cache_info().misses == 2  # the norms and the move
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads_beyond_rounding():
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        model = nn.Conv2d(80, 90, 3)
+        run(model, True, momentum=0.9)
+        found.append(model.weight.detach())
+    torch.set_num_threads(before)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+
+
+def test_without_a_compiler_it_says_so_once_and_steps_all_the_same(monkeypatch):
+    monkeypatch.setattr(fused, "available", lambda: "InvalidCxxCompiler: none found")
+    monkeypatch.setattr(update, "_said", [])
+    with pytest.warns(UserWarning, match=r"no C\+\+ could be compiled here \(InvalidCxxCompiler: none found\)"):
+        run(convolutions(), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(convolutions(), None)
+        run(convolutions(), False)
+    with pytest.raises(RuntimeError, match=r"compile: True was asked for, but no C\+\+"):
+        run(convolutions(), True)
+
+
+def test_a_machine_without_a_compiler_is_found_out(tmp_path):
+    # In a process of its own: PATH and CXX lead nowhere, and nothing is cached.
+    code = "from lightning_fgsgd import fused; print('reason:', fused.available())"
+    env = {"PATH": str(tmp_path), "CXX": "nothing", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    reason = done.stdout.split("reason:")[1].strip()
+    assert reason
