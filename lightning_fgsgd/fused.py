@@ -25,24 +25,29 @@ from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.matrices import Planes, where
 from lightning_fgsgd.pom import POM, upper_entries
 from lightning_fgsgd.source import Program, Symbol, loop
+from lightning_fgsgd.source_blocks import BlockProgram, Rows, Square, block_loop
 from lightning_fgsgd.step import Options, move, riemannian_gradient
 
 __all__ = ["advance", "available", "group_squares", "suits"]
 
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
+_MOST_ROWS = 64  # output neurons in a block up to which its p x p matrices stay in the first cache
 _MOST_SLOTS = 16  # groups in a pool up to which the loop finds a component's group by comparing
 
 
 def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether there is compiled code for a weight and the tensors that go with it."""
+    tensors = [weight, *(x for x in others if x is not None)]
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return False
+    if any(x.dtype != weight.dtype or x.device != weight.device or pom.cutting.view(x) is None for x in tensors):
+        return False
+    if pom.cutting.small:
+        return pom.sets.groups_in_pool <= _MOST_SLOTS and pom.sets.slot.dtype == torch.uint8
     return (
-        pom.cutting.small
-        and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.float64)
-        and pom.sets.groups_in_pool <= _MOST_SLOTS
-        and pom.sets.slot.dtype == torch.uint8
-        and all(x is None or (x.dtype == weight.dtype and x.device == weight.device) for x in others)
-        and all(x is None or pom.cutting.view(x) is not None for x in (weight, *others))
+        pom.cutting.kind == "filter"
+        and pom.cutting.p <= _MOST_ROWS
+        and all(x.stride() == weight.stride() for x in tensors)
     )
 
 
@@ -61,13 +66,17 @@ def _compile(source: str) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return CppCodeCache.load(source, extra_flags=_FLAGS).kernel
+        return CppCodeCache.load(source, extra_flags=_FLAGS)
 
 
 def group_squares(pom: POM, weight: Tensor, grad: Tensor, metric: str, options: Options) -> Tensor:
     """Sums of ‖gradL(ω)‖² over the groups, (G,), in double precision."""
+    if not pom.cutting.small:
+        found = torch.empty(pom.cutting.count, dtype=weight.dtype)
+        _call_blocks("squares", pom, weight, grad, None, None, metric, options, found, None)
+        return pom.group_sums(found)
     kernel = _kernel(_variant(pom, weight, metric), "squares")
-    threads = torch.get_num_threads() if pom.cutting.count >= 2048 else 1
+    threads = _threads(weight)
     sums = torch.zeros(threads, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool, dtype=torch.float64)
     _call(kernel, pom, weight, grad, None, None, metric, options, sums, None, threads)
     return sums.sum(0).T.flatten()
@@ -85,12 +94,22 @@ def advance(
 ) -> Tensor:
     """As :func:`lightning_fgsgd.eager.advance`."""
     kind = "move" if buffer is None else "nesterov" if nesterov else "momentum"
-    kernel = _kernel(_variant(pom, weight, metric), kind)
-    threads = torch.get_num_threads() if pom.cutting.count >= 2048 else 1
-    within = torch.empty(pom.cutting.count, dtype=torch.bool)
-    table = share.view(-1, pom.sets.groups_in_pool).T.contiguous()
-    _call(kernel, pom, weight, grad, buffer, table, metric, options, None, within, threads)
-    return within
+    moved = torch.empty(pom.cutting.count, dtype=torch.bool)
+    if pom.cutting.small:
+        kernel = _kernel(_variant(pom, weight, metric), kind)
+        table = share.view(-1, pom.sets.groups_in_pool).T.contiguous()
+        _call(kernel, pom, weight, grad, buffer, table, metric, options, None, moved, _threads(weight))
+    else:
+        of_block = share[pom.sets.group.long()]
+        _call_blocks(kind, pom, weight, grad, buffer, of_block, metric, options, None, moved)
+    for x in (weight, buffer):
+        if x is not None:
+            torch.autograd.graph.increment_version(x)
+    return moved
+
+
+def _threads(weight: Tensor) -> int:
+    return torch.get_num_threads() if weight.numel() >= 2**14 else 1
 
 
 # From the step to C++ ------------------------------------------------------------------------------------------------
@@ -99,14 +118,20 @@ def advance(
 def _variant(pom: POM, weight: Tensor, metric: str) -> tuple[Any, ...]:
     """What the code depends on."""
     names = tuple((i, m.name) for i, m in pom.manifolds.items())
-    entries = 0 if pom.upper is None else len(pom.upper)
+    n = pom.cutting.n if pom.cutting.small else 0
+    # Of U: packed in small kernels, a number, a diagonal or all of it in blocks.
+    entries = 0 if pom.upper is None else len(pom.upper) if pom.cutting.small else pom.upper[0].numel()
     radius = not pom.all_ones
-    return pom.cutting.n, pom.cutting.p, names, entries, radius, metric == "embedded" and radius, weight.dtype
+    return n, pom.cutting.p, names, entries, radius, metric == "embedded" and radius, weight.dtype
 
 
 @functools.cache
 def _kernel(variant: tuple[Any, ...], kind: str) -> Any:
-    return _compile(source(variant, kind))
+    """The compiled code of a variant; of blocks, and the number of rooms that it needs."""
+    if variant[0]:
+        return _compile(source(variant, kind)).kernel
+    library = _compile(block_source(variant, kind))
+    return library.kernel, library.rooms()
 
 
 def source(variant: tuple[Any, ...], kind: str) -> str:
@@ -118,17 +143,7 @@ def source(variant: tuple[Any, ...], kind: str) -> str:
     def planes(name: str) -> Planes:
         return Planes([[program.symbol(f"{name}{i * p + j}[t]") for j in range(p)] for i in range(n)])
 
-    which = program.symbol("m[t]")
-    masks = [(get_manifold(name), True if len(names) == 1 else which == number) for number, name in names]
-    inverse_root: Any = program.number(len(Options._fields) + names[0][0])
-    for (_, mask), (number, _) in zip(masks[1:], names[1:], strict=True):
-        inverse_root = where(mask, program.number(len(Options._fields) + number), inverse_root)
-    radius: Any = program.symbol("r[t]") if has_radius else None
-    for manifold, mask in masks:
-        if has_radius and manifold.name == "euclidean":
-            radius = where(mask, 1.0, radius)  # R is kept by channel, for all components of it
-    if embedded:
-        inverse_root = inverse_root / radius
+    masks, inverse_root, radius = _given(program, names, has_radius, embedded, "[t]")
     geometry = Geometry(masks, inverse_root, radius, _upper(program, entries, p))
     options = Options(*(program.number(i) for i in range(len(Options._fields))))
     omega, grad = planes("w"), planes("g")
@@ -148,6 +163,47 @@ def source(variant: tuple[Any, ...], kind: str) -> str:
     return loop(program, size, entries, has_radius, reads=("w", "g", *touched[1:]), writes=touched, sums=False)
 
 
+def block_source(variant: tuple[Any, ...], kind: str) -> str:
+    """As :func:`source`, for blocks of p output neurons, of any fan-in."""
+    _, p, names, entries, has_radius, embedded, dtype = variant
+    program = BlockProgram(dtype, p)
+    masks, inverse_root, radius = _given(program, names, has_radius, embedded, "")
+    upper, filled = None, ""
+    if entries:
+        upper = Square(program, "u")
+        filled = f"real u[P][P]; fill<{entries}>(u, U + k * {entries});"
+    inverse: Any = Square(program, "uinv") if entries else None
+    if entries:
+        filled += f" real uinv[P][P]; fill<{entries}>(uinv, V + k * {entries});"
+    geometry = Geometry(masks, inverse_root, radius, upper, inverse)
+    options = Options(*(program.number(i) for i in range(len(Options._fields))))
+    omega, grad = Rows(program, "w"), Rows(program, "g")
+    if kind == "squares":
+        gradient = riemannian_gradient(geometry, geometry.unit(omega), omega, grad, options)
+        program.store("out[k]", matrices.squares(gradient))
+        return block_loop(program, filled, has_radius, buffer=False)
+    buffer = None if kind == "move" else Rows(program, "b")
+    share = program.symbol("f")
+    weights, momentum, _ = move(geometry, omega, grad, buffer, share, options, nesterov=kind == "nesterov")
+    program.finish(w_new=weights, b_new=momentum)
+    return block_loop(program, filled, has_radius, buffer=buffer is not None)
+
+
+def _given(program: Program, names: Any, has_radius: bool, embedded: bool, at: str) -> tuple[Any, Any, Any]:
+    """The manifolds with their masks, 1/√m and R, of the component that the code is about."""
+    which = program.symbol("m" + at)
+    masks = [(get_manifold(name), True if len(names) == 1 else which == number) for number, name in names]
+    first = len(Options._fields)
+    inverse_root: Any = program.number(first + names[0][0])
+    for (_, mask), (number, _) in zip(masks[1:], names[1:], strict=True):
+        inverse_root = where(mask, program.number(first + number), inverse_root)
+    radius: Any = program.symbol("r" + at) if has_radius else None
+    for manifold, mask in masks:
+        if has_radius and manifold.name == "euclidean":
+            radius = where(mask, 1.0, radius)  # R is kept by channel, for all components of it
+    return masks, inverse_root / radius if embedded else inverse_root, radius
+
+
 def _upper(program: Program, entries: int, p: int) -> Planes | None:
     symbols: list[Symbol] = [program.symbol(f"u{i}[t]") for i in range(entries)]
     if not symbols:
@@ -161,6 +217,33 @@ def _upper(program: Program, entries: int, p: int) -> Planes | None:
 # Calling it ----------------------------------------------------------------------------------------------------------
 
 _OPERANDS = ("w", "g", "b", "k", "pool", "r")
+
+
+def _call_blocks(
+    kind: str,
+    pom: POM,
+    weight: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    share: Tensor | None,
+    metric: str,
+    options: Options,
+    out: Tensor | None,
+    moved: Tensor | None,
+) -> None:
+    kernel, rooms = _kernel(_variant(pom, weight, metric), kind)
+    threads, size = _threads(weight), pom.cutting.n * pom.cutting.p
+    room = torch.empty(threads * rooms * size, dtype=weight.dtype)
+    radius = None if pom.all_ones else pom.radius
+    numbers = [*map(float, options), *(m**-0.5 for m in pom.metrics(metric))]
+    real = ctypes.c_double if weight.dtype == torch.float64 else ctypes.c_float
+    tensors = (weight, grad, buffer, pom.upper, pom.inverse, radius, pom.sets.manifold, share, out, moved, room)
+    layout = (threads, pom.cutting.count, pom.cutting.n)
+    kernel(
+        (ctypes.c_int64 * len(layout))(*layout),
+        (real * len(numbers))(*numbers),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
+    )
 
 
 def _call(
@@ -192,9 +275,6 @@ def _call(
         (real * len(numbers))(*numbers),
         *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
     )
-    for x in (weight, buffer):
-        if moved is not None and x is not None:
-            torch.autograd.graph.increment_version(x)
 
 
 def _axes(pom: POM, strides: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:

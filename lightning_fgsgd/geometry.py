@@ -120,7 +120,7 @@ class Geometry:
 
 
 def _is_full(upper: Any) -> bool:
-    return isinstance(upper, Planes) or upper.shape[-2] > 1
+    return not isinstance(upper, Tensor) or upper.shape[-2] > 1
 
 
 def _solve(omega: Any, upper: Any) -> Any:

@@ -62,8 +62,46 @@ class Planes:
         columns = other.mT.rows
         return Planes([[dot(row, column) for column in columns] for row in self.rows])
 
+    def symmetric_matmul(self, other: Planes) -> Planes:
+        """The product, which is known to be symmetric: half of it is computed."""
+        columns, p = other.mT.rows, range(len(self.rows))
+        upper = {(i, j): dot(self.rows[i], columns[j]) for i in p for j in p if i <= j}
+        return Planes([[upper[min(i, j), max(i, j)] for j in p] for i in p])
 
-Matrices = Tensor | Planes
+    def subtract_product(self, a: Planes, b: Planes) -> Planes:
+        """This less a · b."""
+        return self - a @ b
+
+    def combine(self, x: Value, other: Planes, y: Value) -> Planes:
+        """x times this, and y times the other."""
+        return self * x + other * y
+
+    def trace(self) -> Value:
+        """Sum of the diagonal."""
+        return total(row[i] for i, row in enumerate(self.rows))
+
+    def squares(self) -> Value:
+        """Squared Frobenius norm."""
+        return total(x * x for x in self.entries)
+
+    def symmetric_part(self) -> Planes:
+        """Half the sum with the transposed."""
+        p = range(len(self.rows))
+        return Planes(
+            [[self.rows[i][i] if i == j else (self.rows[i][j] + self.rows[j][i]) * 0.5 for j in p] for i in p]
+        )
+
+    def diagonal(self, f: Callable[[Value], Value]) -> Planes:
+        """The diagonal matrix of ``f`` of the diagonal."""
+        return Planes([[f(x) if i == j else 0.0 for j, x in enumerate(row)] for i, row in enumerate(self.rows)])
+
+    def add_identity(self, value: float, factor: float) -> Planes:
+        """factor times this, and value times the identity."""
+        return self * factor + self.diagonal(lambda _: value)
+
+    def where(self, mask: Value, other: Planes) -> Planes:
+        """This where ``mask`` holds, the other elsewhere."""
+        return self.map(lambda x, y: where(mask, x, y), other)
 
 
 def matmul(a: Any, b: Any) -> Any:
@@ -78,7 +116,9 @@ def matmul(a: Any, b: Any) -> Any:
 
 def subtract_product(c: Any, a: Any, b: Any) -> Any:
     """c − a · b, with b as in :func:`matmul`."""
-    if not isinstance(a, Tensor) or a.ndim != 3 or b.shape[-2] < a.shape[-1]:
+    if not isinstance(a, Tensor):
+        return c.subtract_product(a, b)
+    if a.ndim != 3 or b.shape[-2] < a.shape[-1]:
         return c - matmul(a, b)
     if a.stride(-2) < a.stride(-1):
         return torch.baddbmm(c.mT, b.mT, a.mT, alpha=-1).mT
@@ -87,16 +127,17 @@ def subtract_product(c: Any, a: Any, b: Any) -> Any:
 
 def combine(a: Any, x: Value, b: Any, y: Value) -> Any:
     """x · a + y · b."""
-    if isinstance(a, Tensor) and isinstance(x, float) and isinstance(y, float):
-        return scaled(a, x).add(b, alpha=y)
-    if isinstance(a, Tensor) and isinstance(x, float):
-        return torch.addcmul(scaled(a, x), b, y)
+    if not isinstance(a, Tensor):
+        return a.combine(x, b, y)
+    if isinstance(x, float):
+        a = scaled(a, x)
+        return a.add(b, alpha=y) if isinstance(y, float) else torch.addcmul(a, b, y)
     return a * x + b * y
 
 
 def scaled(m: Any, value: Value) -> Any:
     """m · value; nothing is computed for 1."""
-    return m if isinstance(value, float) and value == 1.0 else m * value
+    return m if _is(value, 1.0) else m * value
 
 
 def gram(a: Any, b: Any) -> Any:
@@ -106,59 +147,45 @@ def gram(a: Any, b: Any) -> Any:
 
 def symmetric_matmul(a: Any, b: Any) -> Any:
     """a · b where that is known to be symmetric: half of it is computed where that saves something."""
-    if isinstance(a, Tensor):
-        return a @ b
-    columns, size = b.mT.rows, range(len(a.rows))
-    upper = {(i, j): dot(a.rows[i], columns[j]) for i in size for j in size if i <= j}
-    return Planes([[upper[min(i, j), max(i, j)] for j in size] for i in size])
+    return a @ b if isinstance(a, Tensor) else a.symmetric_matmul(b)
 
 
 def settled(mask: Any) -> Any:
     """``True`` in place of a mask that holds everywhere, where the answer costs no wait for a device."""
-    return True if isinstance(mask, Tensor) and mask.device.type == "cpu" and bool(mask.all()) else mask
+    if not isinstance(mask, Tensor):
+        return mask.settled()
+    return True if mask.device.type == "cpu" and bool(mask.all()) else mask
 
 
 def trace(m: Any) -> Value:
     """Sum of the diagonal, one value for each matrix: (..., 1, 1) of a tensor."""
-    if isinstance(m, Tensor):
-        return m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return total(row[i] for i, row in enumerate(m.rows))
+    return m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] if isinstance(m, Tensor) else m.trace()
 
 
 def squares(m: Any) -> Value:
     """Squared Frobenius norm, one value for each matrix: (..., 1, 1) of a tensor."""
-    return m.square().sum((-2, -1), keepdim=True) if isinstance(m, Tensor) else total(x * x for x in m.entries)
+    return m.square().sum((-2, -1), keepdim=True) if isinstance(m, Tensor) else m.squares()
 
 
 def symmetric_part(m: Any) -> Any:
     """(m + mᵀ) / 2."""
-    if isinstance(m, Tensor):
-        return (m + m.mT) / 2
-    size = range(len(m.rows))
-    return Planes([[m.rows[i][i] if i == j else (m.rows[i][j] + m.rows[j][i]) * 0.5 for j in size] for i in size])
+    return (m + m.mT) / 2 if isinstance(m, Tensor) else m.symmetric_part()
 
 
 def diagonal(m: Any, f: Callable[[Value], Value] = lambda x: x) -> Any:
     """The diagonal matrix of ``f`` of the diagonal of ``m``; compact, (..., 1, p), for a tensor."""
-    if isinstance(m, Tensor):
-        return f(m.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    return Planes([[f(x) if i == j else 0.0 for j, x in enumerate(row)] for i, row in enumerate(m.rows)])
+    return f(m.diagonal(dim1=-2, dim2=-1))[..., None, :] if isinstance(m, Tensor) else m.diagonal(f)
 
 
 def multiple(value: Value, like: Any) -> Any:
     """``value`` times the identity; compact, (..., 1, 1), for a tensor."""
-    return value if isinstance(like, Tensor) else diagonal(like, lambda _: value)
+    return value if isinstance(like, Tensor) else like.diagonal(lambda _: value)
 
 
 def add_identity(m: Any, value: float, factor: float = 1.0) -> Any:
     """factor · m + value · I; of a compact tensor a compact one."""
     if not isinstance(m, Tensor):
-        return Planes(
-            [
-                [_multiply(x, factor) + (value if i == j else 0.0) for j, x in enumerate(row)]
-                for i, row in enumerate(m.rows)
-            ]
-        )
+        return m.add_identity(value, factor)
     if m.shape[-2] == 1:
         return m * factor + value
     m = m * factor
@@ -170,7 +197,7 @@ def diagonal_where_zero(m: Any) -> Any:
     """The diagonal matrix with a 1 where the diagonal of ``m`` is zero."""
     if isinstance(m, Tensor):
         return torch.diag_embed((m.diagonal(dim1=-2, dim2=-1) == 0).to(m.dtype))
-    return diagonal(m, lambda x: where(x == 0, 1.0, 0.0))
+    return m.diagonal(lambda x: where(x == 0, 1.0, 0.0))
 
 
 def size(m: Any) -> int:
@@ -192,11 +219,11 @@ def where(mask: Any, a: Any, b: Any) -> Any:
     """``a`` where ``mask`` holds and ``b`` elsewhere, for values or matrices."""
     if isinstance(mask, bool):
         return a if mask else b
-    if isinstance(a, Planes):
-        return a.map(lambda x, y: where(mask, x, y), b)
     if a is b or (isinstance(a, float) and isinstance(b, float) and a == b):
         return a
-    return torch.where(mask, a, b) if isinstance(mask, Tensor) else mask.where(a, b)
+    if isinstance(mask, Tensor):
+        return a.where(mask, b) if isinstance(a, Planes) else torch.where(mask, a, b)
+    return a.where(mask, b) if hasattr(a, "rows") else mask.where(a, b)
 
 
 def total(values: Iterable[Value]) -> Value:

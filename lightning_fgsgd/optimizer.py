@@ -262,7 +262,7 @@ class FGSGD(torch.optim.Optimizer):
         chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 6))
         updates = []
         for p, group in found:
-            compiled = self._poms[p].cutting.small and p.device.type == "cpu" and compiles(group["compile"])
+            compiled = p.device.type == "cpu" and compiles(group["compile"])
             updates.append(Update(p, self._poms[p], group, self.state[p], compiled, chunk))
         return updates
 

@@ -89,7 +89,7 @@ class POM:
         self.sets = sets.to(radius.device)
         self.num_groups = sets.num_groups
         self.upper = upper
-        self.inverse = None if upper is None or cutting.small else inverse_factor(wide(upper)).to(upper)
+        self.inverse = None if upper is None or cutting.small else inverse_factor(wide(upper)).to(upper).contiguous()
         self.origins, self.sizes = dict(origins), dict(sizes)
         # Manifolds that occur, by their number in the index sets.
         self.manifolds = {
@@ -242,9 +242,9 @@ class POM:
 
     def group_norms(self, squares: Tensor) -> Tensor:
         """R_g of every group, (G,), from the components' squared norms (k,): the root of their sum (Theorem 1)."""
-        return self._group_sums(squares).sqrt()
+        return self.group_sums(squares).sqrt()
 
-    def _group_sums(self, x: Tensor) -> Tensor:
+    def group_sums(self, x: Tensor) -> Tensor:
         """Sums of ``x`` (k,) over the groups, (G,), in double precision: a group may have a hundred thousand components."""
         return wide(x).new_zeros(self.num_groups).index_add_(0, self.sets.group, wide(x)).to(x)
 
@@ -291,7 +291,7 @@ class POM:
             if manifold.name != "euclidean":
                 index = (self.sets.manifold == i).nonzero()[:, 0]
                 squares[index] = manifold.dist_bound(a[index], b[index]).square() * m[index]
-        return self._group_sums(squares).sqrt()
+        return self.group_sums(squares).sqrt()
 
     def coordinates(self, omega: Tensor) -> Tensor:
         """Unit points q where there is a constraint and ω where there is none, as one tensor (k, n, p)."""

@@ -63,6 +63,10 @@ class Symbol:
         """1 / √x."""
         return self._program.line("1 / std::sqrt({})", self)
 
+    def settled(self) -> Any:
+        """This condition, or ``True`` where the program sees to it by itself."""
+        return self._program.settled(self)
+
     def where(self, a: Any, b: Any) -> Symbol:
         """``a`` where this condition holds, else ``b``."""
         return self._program.line("{} ? {} : {}", self, a, b)
@@ -93,15 +97,20 @@ class Program:
 
     def line(self, form: str, *operands: Any) -> Symbol:
         """The symbol of the result of an operation."""
-        code = form.format(*(x.name if isinstance(x, Symbol) else self._literal(x) for x in operands))
+        code = form.format(*map(self.text, operands))
         if code not in self._known:
             name = f"v{len(self._known)}"
             self._known[code] = Symbol(self, name)
             self.lines.append(f"const auto {name} = {code};")
         return self._known[code]
 
-    def _literal(self, x: float) -> str:
-        return f"real({x!r})" if isinstance(x, float) else str(x)
+    def settled(self, condition: Symbol) -> Any:
+        """What a condition is to the code after it."""
+        return condition
+
+    def text(self, x: Any) -> str:
+        """A symbol or a number, in C++."""
+        return x.name if isinstance(x, Symbol) else f"real({x!r})" if isinstance(x, float) else str(x)
 
     def store(self, place: str, value: Symbol) -> None:
         """Write a value to where the code's result is expected."""

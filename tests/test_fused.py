@@ -1,5 +1,6 @@
 """Compiled code does what torch's operations do, on every layout, whatever the shape; and gives way where it cannot."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -14,8 +15,8 @@ from lightning_fgsgd.update import Update
 MIXES = [("sphere",), ("oblique",), ("stiefel",), ("sphere", "oblique", "stiefel"), ("stiefel", "euclidean")]
 
 
-def convolutions(dtype=torch.float32, layout=torch.contiguous_format):
-    """Square, wide, tall, grouped, depthwise, transposed, one- and three-dimensional kernels; long and ragged loops."""
+def layers(dtype=torch.float32, layout=torch.contiguous_format):
+    """Square, wide, grouped, depthwise, transposed, one-dimensional kernels, in long and ragged loops; blocks."""
     model = nn.Sequential(
         nn.Conv2d(4, 70, 3),
         nn.Conv2d(130, 3, 3),
@@ -23,12 +24,17 @@ def convolutions(dtype=torch.float32, layout=torch.contiguous_format):
         nn.Conv2d(8, 8, 3, groups=8),
         nn.ConvTranspose2d(4, 6, 2, groups=2),
         nn.Conv1d(5, 6, 4),
+        nn.Linear(37, 48),
+        nn.Linear(129, 12),
+        nn.Linear(5, 6),
+        nn.Conv2d(12, 14, 1, groups=2),
     ).to(dtype)
     return model.to(memory_format=layout)
 
 
 def run(model, compile, steps=3, scale=0.3, rescale=False, metric="start", **options):
-    groups = {k: options.pop(k) for k in ("scheme", "manifolds", "start", "groups") if k in options}
+    settings = ("scheme", "manifolds", "start", "cutting", "block_size")
+    groups = {k: options.pop(k) for k in settings if k in options}
     optimizer = FGSGD(pom_param_groups(model, seed=1, **groups), lr=0.1, compile=compile, metric=metric, **options)
     generator = torch.Generator().manual_seed(1)
     for pom, p in ((pom, p) for p, pom in optimizer.poms.items() if rescale):
@@ -59,7 +65,7 @@ def test_compiled_steps_equal_those_by_torchs_operations(options, scheme, manifo
     found = []
     for compile in (False, True):
         torch.manual_seed(3)
-        model = convolutions(torch.float64, layout)
+        model = layers(torch.float64, layout)
         optimizer = run(model, compile, scheme=scheme, manifolds=manifolds, start=start, **options)
         found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
         assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
@@ -71,11 +77,28 @@ def optimizer_state(optimizer):
     return [optimizer.state[p]["momentum_buffer"] for p in optimizer.poms if "momentum_buffer" in optimizer.state[p]]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("block_size", [1, 7, 16, 64])
+@pytest.mark.parametrize("start", ["preserve", "random"])
+def test_compiled_blocks_of_any_size_equal_those_by_torchs_operations(start, block_size, layout):
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(9, 64, 3), nn.Linear(150, 128), nn.Conv2d(33, 70, 1)).to(torch.float64)
+        model.to(memory_format=layout)
+        options = {"cutting": "filter", "block_size": block_size, "start": start, "momentum": 0.9, "rescale": True}
+        optimizer = run(model, compile, **options)
+        found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
+        assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
 def test_in_float32_they_agree_to_rounding():
     found = []
     for compile in (False, True):
         torch.manual_seed(3)
-        model = convolutions()
+        model = layers()
         optimizer = run(model, compile, steps=10, momentum=0.9)
         found.append([p.detach() for p in model.parameters()])
         assert max(optimizer.distance(p) for p in optimizer.poms) < 2e-6
@@ -89,15 +112,18 @@ def test_compiled_code_is_what_runs_and_the_others_are_left_to_torch(monkeypatch
     monkeypatch.setattr(Update, "move", lambda self, s: seen.update({self.pom.name: self._fused}) or move(self, s))
     model = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 7), nn.Linear(8, 8)])
     run(model, True)
-    assert seen == {"0.weight": True, "1.weight": False, "2.weight": False}
+    assert seen == {"0.weight": True, "1.weight": False, "2.weight": True}
     run(model.to(torch.bfloat16), True)
     assert not any(seen.values())
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_steps_too_long_for_the_fast_retraction_end_where_the_manifold_says(compile):
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(6, 7, 3, bias=False), nn.Linear(20, 24, bias=False)], ids=["kernels", "blocks"]
+)
+def test_steps_too_long_for_the_fast_retraction_end_where_the_manifold_says(layer, compile):
     # Long steps of some components only: those take the careful way, the others do not move twice.
-    layer = nn.Conv2d(6, 7, 3, bias=False).double()
+    layer = copy.deepcopy(layer).double()
     optimizer = FGSGD(
         pom_param_groups(layer, manifolds=["stiefel"], start="project"),
         lr=1.0,
@@ -109,20 +135,22 @@ def test_steps_too_long_for_the_fast_retraction_end_where_the_manifold_says(comp
     grad = 0.1 * torch.randn_like(layer.weight)
     grad[2] *= 1000
     layer.weight.grad = grad
-    q = layer.weight.detach().clone().flatten(0, 1)
+    cut = pom.cutting.cut
+    q = cut(layer.weight.detach()).clone()
     stiefel = pom.manifolds[0]
-    expected = stiefel.retract(q, -stiefel.tangent(q, grad.flatten(0, 1)))
+    expected = stiefel.retract(q, -stiefel.tangent(q, cut(grad)))
     optimizer.step()
-    torch.testing.assert_close(layer.weight.detach().flatten(0, 1), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(cut(layer.weight.detach()), expected, atol=1e-12, rtol=0)
 
 
 def test_one_piece_of_code_serves_layers_of_all_shapes_and_learning_rates():
     fused._kernel.cache_clear()
     model = nn.ModuleList([nn.Conv2d(a, b, 3) for a, b in ((3, 5), (64, 9), (9, 64), (1, 33))])
+    model.extend([nn.Linear(a, b) for a, b in ((31, 64), (64, 48), (100, 48))])
     optimizer = run(model, True, momentum=0.9)
     optimizer.param_groups[0]["lr"] = 0.7
     optimizer.step()
-    assert fused._kernel.cache_info().misses == 2  # the norms and the move
+    assert fused._kernel.cache_info().misses == 4  # the norms and the move, of kernels and of blocks
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads_beyond_rounding():
@@ -141,13 +169,13 @@ def test_without_a_compiler_it_says_so_once_and_steps_all_the_same(monkeypatch):
     monkeypatch.setattr(fused, "available", lambda: "InvalidCxxCompiler: none found")
     monkeypatch.setattr(update, "_said", [])
     with pytest.warns(UserWarning, match=r"no C\+\+ could be compiled here \(InvalidCxxCompiler: none found\)"):
-        run(convolutions(), None)
+        run(layers(), None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(convolutions(), None)
-        run(convolutions(), False)
+        run(layers(), None)
+        run(layers(), False)
     with pytest.raises(RuntimeError, match=r"compile: True was asked for, but no C\+\+"):
-        run(convolutions(), True)
+        run(layers(), True)
 
 
 def test_a_machine_without_a_compiler_is_found_out(tmp_path):

@@ -1,0 +1,342 @@
+"""Symbols for whole blocks of output neurons, and the C++ loop around what is done to them.
+
+A block is p rows of n numbers, as it lies in memory. All that a step does to it is sums of rows with p x p coefficients, and
+inner products of rows; a block stays in the cache meanwhile, and is read from memory once and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_fgsgd.matrices import Value
+from lightning_fgsgd.source import Program, Symbol
+
+__all__ = ["BlockProgram", "Rows", "Square"]
+
+
+class BlockProgram(Program):
+    """Code for one block at a time, with rooms of n · p numbers for what comes in between."""
+
+    def __init__(self, dtype: Any, p: int) -> None:
+        super().__init__(dtype)
+        self.p = p
+        self.rooms = 0
+        self.within: Symbol | None = None
+        self._squares = 0
+        self.uses: list[tuple[int, str, tuple[str, ...]]] = []
+
+    def rows(self, call: str, *read: Rows, write: bool = True) -> Rows:
+        """The rows that a call computes from others, and ``{out}``, where they go."""
+        name = f"x{len(self.lines)}"
+        self.uses.append((len(self.lines), name, tuple(r.name for r in read)))
+        self.lines.append(call.replace("{out}", name))
+        return Rows(self, name)
+
+    def square(self, code: str, *read: Rows) -> Square:
+        """The p x p numbers that some code writes to ``{out}``."""
+        name = f"z{self._squares}"
+        self._squares += 1
+        if read:
+            self.uses.append((len(self.lines), "", tuple(r.name for r in read)))
+        self.lines.append(f"real {name}[P][P]; " + code.replace("{out}", name))
+        return Square(self, name)
+
+    def value(self, call: str, *read: Rows) -> Symbol:
+        """The number that a call computes from rows."""
+        self.uses.append((len(self.lines), "", tuple(r.name for r in read)))
+        return self.line(call)
+
+    def settled(self, condition: Symbol) -> bool:
+        """The condition decides at the end whether the block is written; until then all is as if it held."""
+        self.within = condition
+        return True
+
+    def finish(self, **results: Rows | None) -> None:
+        """Name the rows that the code is for."""
+        for name, rows in results.items():
+            if rows is not None:
+                self.uses.append((len(self.lines), "", (rows.name,)))
+                self.lines.append(f"const real* const {name} = {rows.name};")
+
+    def allocated(self) -> list[str]:
+        """The lines, with a room for all rows: one that is not read any more is used again."""
+        last = {name: at for at, _, read in self.uses for name in read}
+        lines = list(self.lines)
+        free: list[int] = []
+        room_of: dict[str, int] = {}
+        for at, name, read in self.uses:
+            if name:
+                if not free:
+                    free.append(self.rooms)
+                    self.rooms += 1
+                room_of[name] = free.pop()
+                lines[at] = f"real* const {name} = rooms + {room_of[name]} * size; " + lines[at]
+            free += [room_of[r] for r in dict.fromkeys(read) if last[r] == at and r in room_of]
+        return lines
+
+
+class Rows:
+    """An n x p matrix of symbols, stored as p rows."""
+
+    rows: Any = ()
+
+    def __init__(self, program: BlockProgram, name: str) -> None:
+        self._program = program
+        self.name = name
+
+    @property
+    def mT(self) -> _Transposed:
+        """For inner products."""
+        return _Transposed(self)
+
+    def __matmul__(self, square: Square) -> Rows:
+        return self._program.rows(f"apply(n, {{out}}, nullptr, 1, {self.name}, {square.name});", self)
+
+    def subtract_product(self, a: Rows, square: Square) -> Rows:
+        """This less a · square."""
+        return self._program.rows(f"apply(n, {{out}}, {self.name}, -1, {a.name}, {square.name});", self, a)
+
+    def combine(self, x: Value, other: Rows, y: Value) -> Rows:
+        """x times this, and y times the other."""
+        x, y = self._program.text(x), self._program.text(y)
+        return self._program.rows(f"combine(size, {{out}}, {self.name}, {x}, {other.name}, {y});", self, other)
+
+    def __add__(self, other: Rows) -> Rows:
+        return self.combine(1.0, other, 1.0)
+
+    def __sub__(self, other: Rows) -> Rows:
+        return self.combine(1.0, other, -1.0)
+
+    def __mul__(self, value: Value) -> Rows:
+        return self._program.rows(f"scale(size, {{out}}, {self.name}, {self._program.text(value)});", self)
+
+    def squares(self) -> Symbol:
+        """Squared Frobenius norm."""
+        return self._program.value(f"squares(size, {self.name})", self)
+
+    def where(self, mask: Symbol, other: Rows) -> Rows:
+        """This where ``mask`` holds, the other elsewhere."""
+        return self._program.rows(f"choose(size, {{out}}, {mask.name}, {self.name}, {other.name});", self, other)
+
+
+class _Transposed:
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __matmul__(self, other: Rows) -> Square:
+        mine = self._rows
+        return mine._program.square(f"gram(n, {mine.name}, {other.name}, {{out}});", mine, other)
+
+    symmetric_matmul = __matmul__
+
+
+class Square:
+    """A p x p matrix of symbols."""
+
+    def __init__(self, program: BlockProgram, name: str) -> None:
+        self._program = program
+        self.name = name
+        self.rows = range(program.p)
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the numbers are in double precision."""
+        return self._program.real == "double"
+
+    def _entries(self, code: str) -> Square:
+        return self._program.square(f"for (int i = 0; i < P; ++i) for (int j = 0; j < P; ++j) {{out}}[i][j] = {code};")
+
+    @property
+    def mT(self) -> Square:
+        """The transposed matrix."""
+        return self._entries(f"{self.name}[j][i]")
+
+    def __add__(self, other: Square) -> Square:
+        return self._entries(f"{self.name}[i][j] + {other.name}[i][j]")
+
+    def __mul__(self, value: Value) -> Square:
+        return self._entries(f"{self.name}[i][j] * {self._program.text(value)}")
+
+    def __matmul__(self, other: Square) -> Square:
+        return self._program.square(f"multiply({self.name}, {other.name}, {{out}});")
+
+    symmetric_matmul = __matmul__
+
+    def symmetric_part(self) -> Square:
+        """Half the sum with the transposed."""
+        return self._entries(f"({self.name}[i][j] + {self.name}[j][i]) * real(0.5)")
+
+    def trace(self) -> Symbol:
+        """Sum of the diagonal."""
+        return self._program.line(" + ".join(f"{self.name}[{i}][{i}]" for i in self.rows))
+
+    def diagonal(self, f: Callable[[Value], Value]) -> Square:
+        """The diagonal matrix of ``f`` of the diagonal."""
+        found = [f(self._program.symbol(f"{self.name}[{i}][{i}]")) for i in self.rows]
+        entries = " ".join(f"{{out}}[{i}][{i}] = {self._program.text(x)};" for i, x in enumerate(found))
+        return self._program.square(f"clear({{out}}); {entries}")
+
+    def add_identity(self, value: float, factor: float) -> Square:
+        """factor times this, and value times the identity."""
+        return self._entries(f"{self.name}[i][j] * real({factor!r}) + (i == j ? real({value!r}) : real(0))")
+
+    def where(self, mask: Symbol, other: Square) -> Square:
+        """This where ``mask`` holds, the other elsewhere."""
+        return self._entries(f"{mask.name} ? {self.name}[i][j] : {other.name}[i][j]")
+
+
+def block_loop(program: BlockProgram, filled: str, radius: bool, *, buffer: bool) -> str:
+    """The C++ function ``kernel`` that runs ``program`` for every block of a weight, and ``rooms``: how many it needs.
+
+    Args:
+        program: reads the rows ``w`` (weight), ``g`` (gradient), ``b`` (momentum), the squares ``u`` (U) and ``uinv``,
+            the numbers ``r`` (R), ``m`` (number of the manifold), ``f`` (1/𝔤) and ``s0``, ...; writes ``out[k]`` (squared
+            norm), or the rows ``w_new`` and ``b_new``, which are the block's if its condition holds.
+        filled: code that fills the squares ``u`` and ``uinv``, or "".
+        radius: whether there is an R.
+        buffer: whether there is a momentum.
+    """
+    body = "\n        ".join(program.allocated())
+    numbers = " ".join(f"const real s{i} = s[{i}];" for i in sorted(program.numbers))
+    ending = ""
+    if program.within is not None:
+        stores = "copy(size, W + k * size, w_new);" + (" copy(size, B + k * size, b_new);" if buffer else "")
+        ending = f"moved[k] = {program.within.name}; if (moved[k]) {{ {stores} }}"
+    return (
+        f"typedef {program.real} real;\nconstexpr int P = {program.p};\n"
+        + _HELPERS
+        + f"""
+extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, real* B, const real* U, const real* V,
+                       const real* R, const uint8_t* M, const real* F, real* out, bool* moved, real* all_rooms) {{
+  const int64_t threads = layout[0], count = layout[1], n = layout[2], size = n * P;
+  {numbers}
+  #pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t k = 0; k < count; ++k) {{
+    real* const rooms = all_rooms + omp_get_thread_num() * {program.rooms} * size;
+    real *w = W + k * size, *g = G + k * size, *b = B ? B + k * size : nullptr;
+    const int m = M[k]; const real f = F ? F[k] : real(1); {"const real r = R[k];" if radius else ""}
+    {filled}
+        {body}
+    {ending}
+  }}
+}}
+extern "C" int rooms() {{ return {program.rooms}; }}
+"""
+    )
+
+
+_HELPERS = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+constexpr int L = 64 / sizeof(real);  // numbers in the widest vector
+typedef real vec __attribute__((vector_size(64)));
+typedef real loose __attribute__((vector_size(64), aligned(sizeof(real))));  // a vector at any address
+
+static inline vec load(const real* from) { return *(const loose*)from; }
+static inline void store(real* to, vec x) { *(loose*)to = x; }
+static inline void clear(real (*z)[P]) { std::memset(z, 0, P * P * sizeof(real)); }
+static inline void copy(int64_t size, real* to, const real* from) { std::memcpy(to, from, size * sizeof(real)); }
+
+template <int N>  // N numbers: a multiple of the identity, a diagonal, or all of the matrix
+static inline void fill(real (*z)[P], const real* from) {
+  if (N == P * P && P > 1) { std::memcpy(z, from, P * P * sizeof(real)); return; }
+  clear(z);
+  for (int i = 0; i < P; ++i) z[i][i] = from[N == 1 ? 0 : i];
+}
+
+static inline void scale(int64_t size, real* out, const real* a, real x) {
+  for (int64_t i = 0; i < size; ++i) out[i] = a[i] * x;
+}
+
+static inline void combine(int64_t size, real* out, const real* a, real x, const real* b, real y) {
+  for (int64_t i = 0; i < size; ++i) out[i] = a[i] * x + b[i] * y;
+}
+
+static inline void choose(int64_t size, real* out, bool mask, const real* a, const real* b) {
+  std::memcpy(out, mask ? a : b, size * sizeof(real));
+}
+
+static inline real squares(int64_t size, const real* a) {
+  vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= size; i += 4 * L)
+    for (int t = 0; t < 4; ++t) { const vec x = load(a + i + t * L); sums[t] += x * x; }
+  real sum = 0;
+  for (; i < size; ++i) sum += a[i] * a[i];
+  const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int t = 0; t < L; ++t) sum += all[t];
+  return sum;
+}
+
+// Inner products of I rows with J rows, all sums in registers.
+template <int I, int J>
+static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0) {
+  vec sums[I][J] = {};
+  int64_t c = 0;
+  for (; c + L <= n; c += L) {
+    vec y[J];
+    for (int j = 0; j < J; ++j) y[j] = load(b + (j0 + j) * n + c);
+    for (int i = 0; i < I; ++i) {
+      const vec x = load(a + (i0 + i) * n + c);
+      for (int j = 0; j < J; ++j) sums[i][j] += x * y[j];
+    }
+  }
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) {
+      real sum = 0;
+      for (int t = 0; t < L; ++t) sum += sums[i][j][t];
+      for (int64_t d = c; d < n; ++d) sum += a[(i0 + i) * n + d] * b[(j0 + j) * n + d];
+      z[i0 + i][j0 + j] = sum;
+    }
+}
+
+static void gram(int64_t n, const real* a, const real* b, real (*z)[P]) {
+  constexpr int whole = P / 4 * 4;
+  for (int i = 0; i < whole; i += 4) {
+    for (int j = 0; j < whole; j += 4) inner<4, 4>(n, a, b, z, i, j);
+    for (int j = whole; j < P; ++j) inner<4, 1>(n, a, b, z, i, j);
+  }
+  for (int i = whole; i < P; ++i) for (int j = 0; j < P; ++j) inner<1, 1>(n, a, b, z, i, j);
+}
+
+// I rows of c + x · q z, a vector of columns at a time.
+template <int I>
+static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, const real* q, const real (*z)[P], int i0) {
+  real f[P][I];
+  for (int j = 0; j < P; ++j) for (int i = 0; i < I; ++i) f[j][i] = x * z[j][i0 + i];
+  int64_t d = 0;
+  for (; d + L <= n; d += L) {
+    vec sums[I];
+    for (int i = 0; i < I; ++i) sums[i] = c ? load(c + (i0 + i) * n + d) : vec{};
+    for (int j = 0; j < P; ++j) {
+      const vec y = load(q + j * n + d);
+      for (int i = 0; i < I; ++i) sums[i] += f[j][i] * y;
+    }
+    for (int i = 0; i < I; ++i) store(out + (i0 + i) * n + d, sums[i]);
+  }
+  for (; d < n; ++d)
+    for (int i = 0; i < I; ++i) {
+      real sum = c ? c[(i0 + i) * n + d] : real(0);
+      for (int j = 0; j < P; ++j) sum += f[j][i] * q[j * n + d];
+      out[(i0 + i) * n + d] = sum;
+    }
+}
+
+static void apply(int64_t n, real* out, const real* c, real x, const real* q, const real (*z)[P]) {
+  constexpr int whole = P / 8 * 8;
+  for (int i = 0; i < whole; i += 8) sums_of_rows<8>(n, out, c, x, q, z, i);
+  for (int i = whole; i < P; ++i) sums_of_rows<1>(n, out, c, x, q, z, i);
+}
+
+static inline void multiply(const real (*a)[P], const real (*b)[P], real (*z)[P]) {
+  for (int i = 0; i < P; ++i) {
+    real row[P] = {};
+    for (int k = 0; k < P; ++k) for (int j = 0; j < P; ++j) row[j] += a[i][k] * b[k][j];
+    for (int j = 0; j < P; ++j) z[i][j] = row[j];
+  }
+}
+"""
