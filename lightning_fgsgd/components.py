@@ -94,13 +94,16 @@ class Cutting:
     def view(self, weight: Tensor) -> Tensor | None:
         """The components as a view, (..., n, p), for geometry alone: None where the strides do not allow one.
 
-        The components come in the order of :meth:`cut`, kernels over two axes. The rows of a block come in the order in
-        which they lie in memory: that is the same for tensors of the same strides, and no manifold minds.
+        The components come in the order of :meth:`cut`, over two axes where one does not do. The rows of a block come in
+        the order in which they lie in memory: that is the same for tensors of the same strides, and no manifold minds.
         """
         if self.kind == "kernel":
             rows, columns = _matrix(self.kernel)
             try:
-                x = weight.view(-1, self.shape[1], rows, columns)
+                if weight.is_contiguous():
+                    x = weight.view(-1, rows, columns)
+                else:
+                    x = weight.view(-1, self.shape[1], rows, columns)
             except RuntimeError:
                 return None
             return x.mT if rows < columns else x

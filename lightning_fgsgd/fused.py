@@ -259,22 +259,34 @@ def _call(
     moved: Tensor | None,
     threads: int,
 ) -> None:
-    views: list[Any] = [pom.cutting.view(x) for x in (weight, grad, weight if buffer is None else buffer)]
-    sizes, strides = _axes(pom, tuple(v.stride() for v in views))
-    offsets = [
-        i * v.stride(-2) + j * v.stride(-1) for v in views for i in range(v.shape[-2]) for j in range(v.shape[-1])
-    ]
+    layout = _layout(pom, weight, grad, weight if buffer is None else buffer)
+    layout[0] = threads
     inverse_roots = [m**-0.5 for m in pom.metrics(metric)]
     real = ctypes.c_double if weight.dtype == torch.float64 else ctypes.c_float
     numbers = [*map(float, options), *inverse_roots]
-    layout = [threads, pom.cutting.count, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool]
-    layout += [*sizes, *strides, *offsets]
     tensors = (weight, grad, buffer, pom.upper, pom._radius, pom.sets.manifold, pom.sets.slot, table, sums, moved)
     kernel(
-        (ctypes.c_int64 * len(layout))(*layout),
+        layout,
         (real * len(numbers))(*numbers),
         *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
     )
+
+
+def _layout(pom: POM, *tensors: Tensor) -> Any:
+    """Counts, sizes, strides and offsets for the code, the first of them for the number of threads."""
+    key = (len(pom._radius), *(x.stride() for x in tensors))
+    if key not in pom.layouts:
+        views: list[Any] = [pom.cutting.view(x) for x in tensors]
+        second = pom.cutting.shape[1]
+        outer = [v.stride()[:-2] for v in views]
+        sizes, strides = _axes(pom, tuple(s if len(s) == 2 else (s[0] * second, s[0]) for s in outer))
+        offsets = [
+            i * v.stride(-2) + j * v.stride(-1) for v in views for i in range(v.shape[-2]) for j in range(v.shape[-1])
+        ]
+        slots = pom.sets.groups_in_pool
+        numbers = [0, pom.cutting.count, slots, pom.num_groups // slots, *sizes, *strides, *offsets]
+        pom.layouts[key] = (ctypes.c_int64 * len(numbers))(*numbers)
+    return pom.layouts[key]
 
 
 def _axes(pom: POM, strides: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:

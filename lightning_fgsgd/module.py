@@ -11,15 +11,15 @@ from lightning_fgsgd.optimizer import FGSGD
 
 __all__ = ["FGSGDMixin"]
 
-_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "rho", "metric")
+_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "rho", "metric", "fused")
 
 
 class FGSGDMixin:
     """Mixin for a LightningModule: sets up FG-SGD in ``configure_optimizers``.
 
     Put it before ``LightningModule`` among the base classes. The options of :class:`~lightning_fgsgd.FGSGD` (``lr``,
-    ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``maximize``, ``rho``, ``metric``) are read from the
-    module's attributes, then from its ``hparams``; the optimizer's defaults hold otherwise. The weights are grouped with
+    ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``maximize``, ``rho``, ``metric``, ``fused``) are read from
+    the module's attributes, then from its ``hparams``; the optimizer's defaults hold otherwise. The weights are grouped with
     the settings of the :class:`~lightning_fgsgd.POMGrouping` among the Trainer's callbacks, or with its defaults.
 
     Raises:

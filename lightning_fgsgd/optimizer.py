@@ -46,12 +46,13 @@ class FGSGD(torch.optim.Optimizer):
             carries over, and rescaling R does not change it. ``"unit"``: the unit manifold's own. ``"embedded"``: that of
             the space in which ω stands, at radius R (the paper read literally). R_g, ρ and c are taken in the metric chosen.
         foreach: as in ``torch.optim.SGD``, for the unconstrained parameters.
-        compile: step small kernels by C++ made from the step itself, in one pass over memory (on a CPU, in float32 and
-            float64). ``None``: where there is a compiler; says so once where there is none. ``False``: by torch's own
-            operations, as all other weights.
+        fused: step the constrained weights by C++ made from the step itself, in one pass over memory (on a CPU, in float32
+            and float64; see :mod:`~lightning_fgsgd.fused`). ``None``: where there is a compiler; says so once where there
+            is none. ``False``: by torch's own operations. ``True``: an error where there is none.
 
     Raises:
         ValueError: an argument out of range, or a weight to be placed that holds NaN or infinite values.
+        RuntimeError: ``fused=True``, and no C++ can be compiled here.
 
     Example::
 
@@ -73,7 +74,7 @@ class FGSGD(torch.optim.Optimizer):
         rho: float | str | None = 1.0,
         metric: str = "start",
         foreach: bool | None = None,
-        compile: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -85,10 +86,10 @@ class FGSGD(torch.optim.Optimizer):
             "rho": rho,
             "metric": metric,
             "foreach": foreach,
-            "compile": compile,
+            "fused": fused,
         }
         checks.options(defaults)
-        if compile:
+        if fused:
             compiles(True)
         self._poms: dict[Tensor, POM] = {}
         # What a weight was before it was placed, until the first step: a checkpoint that is loaded then finds the
@@ -262,7 +263,7 @@ class FGSGD(torch.optim.Optimizer):
         chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 6))
         updates = []
         for p, group in found:
-            compiled = p.device.type == "cpu" and compiles(group["compile"])
+            compiled = p.device.type == "cpu" and compiles(group["fused"])
             updates.append(Update(p, self._poms[p], group, self.state[p], compiled, chunk))
         return updates
 

@@ -95,7 +95,11 @@ class POM:
         self.manifolds = {
             i: get_manifold(name) for i, name in enumerate(sets.manifold_names) if bool((sets.manifold == i).any())
         }
+        self.layouts: dict[Any, Any] = {}  # of compiled code, made when it is first run
         self.set_radius(radius)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layouts": {}}
 
     @classmethod
     @torch.no_grad()

@@ -155,6 +155,11 @@ class Square:
     def __add__(self, other: Square) -> Square:
         return self._entries(f"{self.name}[i][j] + {other.name}[i][j]")
 
+    def combine(self, x: Value, other: Square, y: Value) -> Square:
+        """x times this, and y times the other."""
+        text = self._program.text
+        return self._entries(f"{self.name}[i][j] * {text(x)} + {other.name}[i][j] * {text(y)}")
+
     def __mul__(self, value: Value) -> Square:
         return self._entries(f"{self.name}[i][j] * {self._program.text(value)}")
 

@@ -31,12 +31,12 @@ def compiles(wanted: bool | None) -> bool:
         return False
     reason = fused.available()
     if reason and wanted:
-        raise RuntimeError(f"compile: True was asked for, but no C++ could be compiled here ({reason})")
+        raise RuntimeError(f"fused: True was asked for, but no C++ could be compiled here ({reason})")
     if reason and not _said:
         _said.append(reason)
         warnings.warn(
-            f"FGSGD: no C++ could be compiled here ({reason}), so kernels are stepped by torch's own operations, which "
-            "takes several times as long; install a compiler (g++ or clang++), or pass compile=False to say that you know",
+            f"FGSGD: no C++ could be compiled here ({reason}), so weights are stepped by torch's own operations, which "
+            "takes several times as long; install a compiler (g++ or clang++), or pass fused=False to say that you know",
             stacklevel=4,
         )
     return not reason

@@ -32,10 +32,10 @@ def layers(dtype=torch.float32, layout=torch.contiguous_format):
     return model.to(memory_format=layout)
 
 
-def run(model, compile, steps=3, scale=0.3, rescale=False, metric="start", **options):
+def run(model, fused_, steps=3, scale=0.3, rescale=False, metric="start", **options):
     settings = ("scheme", "manifolds", "start", "cutting", "block_size")
     groups = {k: options.pop(k) for k in settings if k in options}
-    optimizer = FGSGD(pom_param_groups(model, seed=1, **groups), lr=0.1, compile=compile, metric=metric, **options)
+    optimizer = FGSGD(pom_param_groups(model, seed=1, **groups), lr=0.1, fused=fused_, metric=metric, **options)
     generator = torch.Generator().manual_seed(1)
     for pom, p in ((pom, p) for p, pom in optimizer.poms.items() if rescale):
         channels = torch.rand(int(pom.cutting.reads().max()) + 1, generator=generator) + 0.5
@@ -63,10 +63,10 @@ def run(model, compile, steps=3, scale=0.3, rescale=False, metric="start", **opt
 )
 def test_compiled_steps_equal_those_by_torchs_operations(options, scheme, manifolds, start, layout):
     found = []
-    for compile in (False, True):
+    for fused_ in (False, True):
         torch.manual_seed(3)
         model = layers(torch.float64, layout)
-        optimizer = run(model, compile, scheme=scheme, manifolds=manifolds, start=start, **options)
+        optimizer = run(model, fused_, scheme=scheme, manifolds=manifolds, start=start, **options)
         found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
         assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
     for a, b in zip(*found, strict=True):
@@ -82,12 +82,12 @@ def optimizer_state(optimizer):
 @pytest.mark.parametrize("start", ["preserve", "random"])
 def test_compiled_blocks_of_any_size_equal_those_by_torchs_operations(start, block_size, layout):
     found = []
-    for compile in (False, True):
+    for fused_ in (False, True):
         torch.manual_seed(3)
         model = nn.Sequential(nn.Conv2d(9, 64, 3), nn.Linear(150, 128), nn.Conv2d(33, 70, 1)).to(torch.float64)
         model.to(memory_format=layout)
         options = {"cutting": "filter", "block_size": block_size, "start": start, "momentum": 0.9, "rescale": True}
-        optimizer = run(model, compile, **options)
+        optimizer = run(model, fused_, **options)
         found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
         assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
     for a, b in zip(*found, strict=True):
@@ -96,10 +96,10 @@ def test_compiled_blocks_of_any_size_equal_those_by_torchs_operations(start, blo
 
 def test_in_float32_they_agree_to_rounding():
     found = []
-    for compile in (False, True):
+    for fused_ in (False, True):
         torch.manual_seed(3)
         model = layers()
-        optimizer = run(model, compile, steps=10, momentum=0.9)
+        optimizer = run(model, fused_, steps=10, momentum=0.9)
         found.append([p.detach() for p in model.parameters()])
         assert max(optimizer.distance(p) for p in optimizer.poms) < 2e-6
     for a, b in zip(*found, strict=True):
@@ -117,11 +117,11 @@ def test_compiled_code_is_what_runs_and_the_others_are_left_to_torch(monkeypatch
     assert not any(seen.values())
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("fused_", [False, True])
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(6, 7, 3, bias=False), nn.Linear(20, 24, bias=False)], ids=["kernels", "blocks"]
 )
-def test_steps_too_long_for_the_fast_retraction_end_where_the_manifold_says(layer, compile):
+def test_steps_too_long_for_the_fast_retraction_end_where_the_manifold_says(layer, fused_):
     # Long steps of some components only: those take the careful way, the others do not move twice.
     layer = copy.deepcopy(layer).double()
     optimizer = FGSGD(
@@ -129,7 +129,7 @@ def test_steps_too_long_for_the_fast_retraction_end_where_the_manifold_says(laye
         lr=1.0,
         rho=None,
         metric="unit",
-        compile=compile,
+        fused=fused_,
     )
     pom = optimizer.poms[layer.weight]
     grad = 0.1 * torch.randn_like(layer.weight)
@@ -174,7 +174,7 @@ def test_without_a_compiler_it_says_so_once_and_steps_all_the_same(monkeypatch):
         warnings.simplefilter("error")
         run(layers(), None)
         run(layers(), False)
-    with pytest.raises(RuntimeError, match=r"compile: True was asked for, but no C\+\+"):
+    with pytest.raises(RuntimeError, match=r"fused: True was asked for, but no C\+\+"):
         run(layers(), True)
 
 

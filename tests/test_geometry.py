@@ -5,7 +5,7 @@ import torch
 
 from lightning_fgsgd.geometry import Geometry, factor, inverse_factor
 from lightning_fgsgd.manifolds import get_manifold
-from lightning_fgsgd.manifolds.stiefel import _REACH, Stiefel
+from lightning_fgsgd.manifolds.stiefel import _REACH, _SERIES, _SERIES_REACH, Stiefel
 
 NAMES = ["sphere", "oblique", "stiefel", "euclidean"]
 
@@ -25,11 +25,8 @@ def test_normal_parts_and_inverse_roots_are_the_manifolds_own_projection_and_ret
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("p", [2, 3, 16, 64])
-def test_newton_schulz_reaches_the_rounding_of_its_precision_over_all_of_its_reach(p, double):
-    # The proof of its accuracy: the scalar iteration on the spectrum says which t an iteration count is good for, and a
-    # matrix's error is that of its eigenvalues and rounding.
-    dtype = torch.float64 if double else torch.float32
+def test_so_many_iterations_of_newton_schulz_bring_the_whole_spectrum_to_rounding(double):
+    # A matrix's error is that of its eigenvalues, and these are in [1, 1 + t] divided by 1 + t/2.
     for iterations, t in _REACH[double].items():
         c = 2 / (2 + t)
         y = torch.linspace(1, 1 + t, 10_001, dtype=torch.float64) * c
@@ -38,6 +35,20 @@ def test_newton_schulz_reaches_the_rounding_of_its_precision_over_all_of_its_rea
             correction = (3 - z * y) / 2
             y, z = y * correction, z * correction
         assert (z.square() * lam - 1).abs().max() < (1e-14 if double else 2e-7) * 1.5
+
+
+def test_the_series_is_the_inverse_root_to_rounding_over_its_reach():
+    t = _SERIES_REACH
+    y = torch.linspace(1, 1 + t, 10_001, dtype=torch.float64) / (1 + t / 2)
+    series = sum(c * (y - 1) ** degree for degree, c in enumerate(_SERIES))
+    assert (series.square() * y - 1).abs().max() < 3e-7
+    assert [round(c, 6) for c in _SERIES[:4]] == [1.0, -0.5, 0.375, -0.3125]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 16, 64])
+def test_the_retraction_is_the_polar_factor_to_rounding_over_all_of_its_reach(p, double):
+    dtype = torch.float64 if double else torch.float32
     reach = Stiefel.reach(p, double)
     for t in (1e-12, 1e-4, 0.05, 0.4, 1.0, reach):
         q = Stiefel().random(50, 2 * p, p, dtype=torch.float64)
@@ -55,8 +66,8 @@ def test_steps_beyond_reach_are_told_and_so_are_those_that_are_not_finite():
     manifold = get_manifold("stiefel")
     q = manifold.random(4, 6, 3, dtype=torch.float64)
     h = manifold.tangent(q, torch.randn(4, 6, 3, dtype=torch.float64))
-    h /= h.norm(dim=(1, 2), keepdim=True)
-    h[1] *= 50
+    h /= 2 * h.norm(dim=(1, 2), keepdim=True)
+    h[1] *= 100
     h[2, 0, 0] = torch.nan
     geometry = Geometry([(manifold, True)], 1.0)
     within, _ = geometry.retract(q + h)
