@@ -70,7 +70,8 @@ def ours(model: nn.Module, eager: bool) -> dict[str, Callable[[], Any]]:
 
 def kernels(model: nn.Module) -> dict[str, Callable[[], Any]]:
     """Steps on the 3x3 kernels of a model alone: ours, geoopt's, and torch's orthogonal parametrization with its passes."""
-    weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    weights: list[Tensor] = [m.weight.detach() for m in convolutions]
     layers = nn.ModuleList([nn.Conv2d(w.shape[1], w.shape[0], 3, bias=False) for w in weights])
     for layer in layers:
         layer.to(memory_format=torch.channels_last)
@@ -108,7 +109,8 @@ def _parametrized(weights: list[Tensor]) -> Callable[[], Any]:
     def step() -> None:
         optimizer.zero_grad()
         for holder, grad in zip(holders, grads, strict=True):
-            holder.weight.backward(grad)
+            weight: Any = holder.weight  # computed here, from the parameter behind it
+            weight.backward(grad)
         optimizer.step()
 
     return step
