@@ -56,7 +56,7 @@ class Planes:
         return self.map(subtract, other)
 
     def __mul__(self, value: Value) -> Planes:
-        return self.map(lambda x: _multiply(x, value))
+        return self.map(lambda x: times(x, value))
 
     def __matmul__(self, other: Planes) -> Planes:
         columns = other.mT.rows
@@ -246,9 +246,10 @@ def subtract(a: Value, b: Value) -> Value:
     return a if _is(b, 0.0) else -b if _is(a, 0.0) else a - b
 
 
-def _multiply(a: Value, b: Value) -> Value:
+def times(a: Value, b: Value) -> Value:
+    """a · b, where nothing is computed for 0 and 1."""
     return 0.0 if _is(a, 0.0) or _is(b, 0.0) else b if _is(a, 1.0) else a if _is(b, 1.0) else a * b
 
 
 def dot(a: Iterable[Value], b: Iterable[Value]) -> Value:
-    return total(_multiply(x, y) for x, y in zip(a, b, strict=True))
+    return total(times(x, y) for x, y in zip(a, b, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_fgsgd.matrices import Value
+from lightning_fgsgd.matrices import Value, times
 from lightning_fgsgd.source import Program, Symbol
 
 __all__ = ["BlockProgram", "Rows", "Square"]
@@ -56,6 +56,7 @@ class BlockProgram(Program):
         """Name the rows that the code is for."""
         for name, rows in results.items():
             if rows is not None:
+                rows = rows.stored()
                 self.uses.append((len(self.lines), "", (rows.name,)))
                 self.lines.append(f"const real* const {name} = {rows.name};")
 
@@ -77,13 +78,20 @@ class BlockProgram(Program):
 
 
 class Rows:
-    """An n x p matrix of symbols, stored as p rows."""
+    """An n x p matrix of symbols, stored as p rows, times a number that is kept apart: scaling costs no pass over the rows.
+
+    Args:
+        program: the code.
+        name: of the rows in it.
+        factor: the number.
+    """
 
     rows: Any = ()
 
-    def __init__(self, program: BlockProgram, name: str) -> None:
+    def __init__(self, program: BlockProgram, name: str, factor: Value = 1.0) -> None:
         self._program = program
         self.name = name
+        self.factor = factor
 
     @property
     def mT(self) -> _Transposed:
@@ -91,15 +99,17 @@ class Rows:
         return _Transposed(self)
 
     def __matmul__(self, square: Square) -> Rows:
-        return self._program.rows(f"apply(n, {{out}}, nullptr, 1, {self.name}, {square.name});", self)
+        call = f"apply(n, {{out}}, nullptr, 0, 1, {self.name}, {square.name});"
+        return Rows(self._program, self._program.rows(call, self).name, self.factor)
 
     def subtract_product(self, a: Rows, square: Square) -> Rows:
         """This less a · square."""
-        return self._program.rows(f"apply(n, {{out}}, {self.name}, -1, {a.name}, {square.name});", self, a)
+        x, y = map(self._program.text, (self.factor, times(a.factor, -1.0)))
+        return self._program.rows(f"apply(n, {{out}}, {self.name}, {x}, {y}, {a.name}, {square.name});", self, a)
 
     def combine(self, x: Value, other: Rows, y: Value) -> Rows:
         """x times this, and y times the other."""
-        x, y = self._program.text(x), self._program.text(y)
+        x, y = map(self._program.text, (times(self.factor, x), times(other.factor, y)))
         return self._program.rows(f"combine(size, {{out}}, {self.name}, {x}, {other.name}, {y});", self, other)
 
     def __add__(self, other: Rows) -> Rows:
@@ -109,15 +119,23 @@ class Rows:
         return self.combine(1.0, other, -1.0)
 
     def __mul__(self, value: Value) -> Rows:
-        return self._program.rows(f"scale(size, {{out}}, {self.name}, {self._program.text(value)});", self)
+        return Rows(self._program, self.name, times(self.factor, value))
 
-    def squares(self) -> Symbol:
+    def squares(self) -> Value:
         """Squared Frobenius norm."""
-        return self._program.value(f"squares(size, {self.name})", self)
+        return times(self._program.value(f"squares(size, {self.name})", self), times(self.factor, self.factor))
+
+    def stored(self) -> Rows:
+        """The same, with a factor of 1."""
+        if isinstance(self.factor, float) and self.factor == 1.0:
+            return self
+        factor = self._program.text(self.factor)
+        return self._program.rows(f"scale(size, {{out}}, {self.name}, {factor});", self)
 
     def where(self, mask: Symbol, other: Rows) -> Rows:
         """This where ``mask`` holds, the other elsewhere."""
-        return self._program.rows(f"choose(size, {{out}}, {mask.name}, {self.name}, {other.name});", self, other)
+        a, b = self.stored(), other.stored()
+        return self._program.rows(f"choose(size, {{out}}, {mask.name}, {a.name}, {b.name});", a, b)
 
 
 class _Transposed:
@@ -125,10 +143,16 @@ class _Transposed:
         self._rows = rows
 
     def __matmul__(self, other: Rows) -> Square:
-        mine = self._rows
-        return mine._program.square(f"gram(n, {mine.name}, {other.name}, {{out}});", mine, other)
+        return self._inner("gram", other)
 
-    symmetric_matmul = __matmul__
+    def symmetric_matmul(self, other: Rows) -> Square:
+        """The inner products, which are known to be symmetric."""
+        return self._inner("symmetric_gram", other)
+
+    def _inner(self, call: str, other: Rows) -> Square:
+        mine, factor = self._rows, times(self._rows.factor, other.factor)
+        found = mine._program.square(f"{call}(n, {mine.name}, {other.name}, {{out}});", mine, other)
+        return found if isinstance(factor, float) and factor == 1.0 else found * factor
 
 
 class Square:
@@ -308,33 +332,46 @@ static void gram(int64_t n, const real* a, const real* b, real (*z)[P]) {
   for (int i = whole; i < P; ++i) for (int j = 0; j < P; ++j) inner<1, 1>(n, a, b, z, i, j);
 }
 
-// I rows of c + x · q z, a vector of columns at a time.
+static void symmetric_gram(int64_t n, const real* a, const real* b, real (*z)[P]) {
+  constexpr int whole = P / 4 * 4;
+  for (int i = 0; i < whole; i += 4) for (int j = i; j < whole; j += 4) inner<4, 4>(n, a, b, z, i, j);
+  for (int i = 0; i < P; ++i) for (int j = i > whole ? i : whole; j < P; ++j) inner<1, 1>(n, a, b, z, i, j);
+  for (int i = 0; i < P; ++i) for (int j = 0; j < i; ++j) z[i][j] = z[j][i];
+}
+
+// I rows of x · c + y · q z, a vector of columns at a time.
 template <int I>
-static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, const real* q, const real (*z)[P], int i0) {
+static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
+                                int i0) {
   real f[P][I];
-  for (int j = 0; j < P; ++j) for (int i = 0; i < I; ++i) f[j][i] = x * z[j][i0 + i];
+  for (int j = 0; j < P; ++j) for (int i = 0; i < I; ++i) f[j][i] = y * z[j][i0 + i];
   int64_t d = 0;
   for (; d + L <= n; d += L) {
     vec sums[I];
-    for (int i = 0; i < I; ++i) sums[i] = c ? load(c + (i0 + i) * n + d) : vec{};
+    for (int i = 0; i < I; ++i) sums[i] = c ? x * load(c + (i0 + i) * n + d) : vec{};
     for (int j = 0; j < P; ++j) {
-      const vec y = load(q + j * n + d);
-      for (int i = 0; i < I; ++i) sums[i] += f[j][i] * y;
+      const vec row = load(q + j * n + d);
+      for (int i = 0; i < I; ++i) sums[i] += f[j][i] * row;
     }
     for (int i = 0; i < I; ++i) store(out + (i0 + i) * n + d, sums[i]);
   }
   for (; d < n; ++d)
     for (int i = 0; i < I; ++i) {
-      real sum = c ? c[(i0 + i) * n + d] : real(0);
+      real sum = c ? x * c[(i0 + i) * n + d] : real(0);
       for (int j = 0; j < P; ++j) sum += f[j][i] * q[j * n + d];
       out[(i0 + i) * n + d] = sum;
     }
 }
 
-static void apply(int64_t n, real* out, const real* c, real x, const real* q, const real (*z)[P]) {
-  constexpr int whole = P / 8 * 8;
-  for (int i = 0; i < whole; i += 8) sums_of_rows<8>(n, out, c, x, q, z, i);
-  for (int i = whole; i < P; ++i) sums_of_rows<1>(n, out, c, x, q, z, i);
+static void apply(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P]) {
+#ifdef __AVX512F__
+  constexpr int many = 16;  // sums fit the registers
+#else
+  constexpr int many = 8;
+#endif
+  constexpr int whole = P / many * many;
+  for (int i = 0; i < whole; i += many) sums_of_rows<many>(n, out, c, x, y, q, z, i);
+  for (int i = whole; i < P; ++i) sums_of_rows<1>(n, out, c, x, y, q, z, i);
 }
 
 static inline void multiply(const real (*a)[P], const real (*b)[P], real (*z)[P]) {
