@@ -87,16 +87,18 @@ class Geometry:
             if isinstance(manifold, Stiefel):
                 p = matrices.size(inner)
                 length = matrices.trace(inner + matrices.diagonal_where_zero(inner)) - float(p)
-                limit = where(mask, manifold.reach(p, matrices.is_double(inner)), limit)
+                limit = where(mask, manifold.reach(inner), limit)
         within = matrices.settled(length <= limit)
         return within, matmul(v, self._select([m.inverse_root(inner) for m, _ in self.manifolds]))
 
     def retract_far(self, q: Tensor, h: Tensor) -> Tensor:
-        """As :meth:`retract`, for steps of any length, by the manifolds' own retractions. Of tensors."""
-        new = q + h
+        """As :meth:`retract`, for steps of any length: beyond its reach by the manifolds' own retractions. Of tensors."""
+        within, new = self.retract(q + h)
+        if within is True:
+            return new
         for manifold, mask in self.manifolds:
-            some = slice(None) if mask is True else mask[..., 0, 0]
-            new[some] = manifold.retract(q[some], h[some])
+            far = (~within if mask is True else mask & ~within)[..., 0, 0]
+            new[far] = manifold.retract(q[far], h[far])
         return new
 
     def decayed(self, grad: Any, omega: Any, decay: Any) -> Any:

@@ -46,10 +46,10 @@ def test_the_series_is_the_inverse_root_to_rounding_over_its_reach():
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 16, 64])
+@pytest.mark.parametrize("p", [1, 3, 4, 16, 64])
 def test_the_retraction_is_the_polar_factor_to_rounding_over_all_of_its_reach(p, double):
     dtype = torch.float64 if double else torch.float32
-    reach = Stiefel.reach(p, double)
+    reach = Stiefel.reach(torch.zeros(1, p, p, dtype=dtype))
     for t in (1e-12, 1e-4, 0.05, 0.4, 1.0, reach):
         q = Stiefel().random(50, 2 * p, p, dtype=torch.float64)
         h = Stiefel().tangent(q, torch.randn(50, 2 * p, p, dtype=torch.float64))

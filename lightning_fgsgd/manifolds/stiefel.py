@@ -25,8 +25,7 @@ _REACH = (
     {3: 0.046, 4: 0.4, 5: 1.59, 6: 4.5, 7: 11.2, 8: 26.3, 9: 60.5, 10: 137.0},
 )
 _MOST_ITERATIONS = (8, 10)
-# Small matrices are those of small kernels, for which every product counts; a step that turns one further is rare.
-_SMALL, _SERIES_REACH = 3, 0.5
+_SERIES_REACH = 0.5  # a step that turns a component further is rare
 _SERIES = [math.prod((-0.5 - k) / (k + 1) for k in range(degree)) for degree in range(9)]  # of (1 + x)^(-1/2)
 
 
@@ -62,10 +61,10 @@ class Stiefel(Manifold):
         """gram^(-1/2), by products only.
 
         For v = q + h with a tangent h, vᵀv = I + hᵀh has its eigenvalues in [1, 1 + t], t = ‖h‖². Divided by 1 + t/2 they
-        are within r = t / (2 + t) of 1. Of a small matrix the binomial series of degree 8 is taken, four products, with an
-        error of 0.19 r⁹. Of others, the coupled Newton-Schulz iteration (Higham, *Functions of Matrices*, Eq. 6.35), each of
-        which squares the distance from 1, times 3/4 and a little; t says how many it takes (:data:`_REACH`). Directions
-        that q lacks (columns of v that are zero) have a 1 put in their place.
+        are within r = t / (2 + t) of 1. In compiled code, where every product counts, the binomial series of degree 8 is
+        taken, four products, with an error of 0.19 r⁹. Of tensors, the coupled Newton-Schulz iteration (Higham, *Functions
+        of Matrices*, Eq. 6.35), of which each squares the distance from 1, times 3/4 and a little; t says how many it takes
+        (:data:`_REACH`). Directions that q lacks (columns of v that are zero) have a 1 put in their place.
         """
         m = matrices
         p, double = m.size(gram), m.is_double(gram)
@@ -73,12 +72,12 @@ class Stiefel(Manifold):
         t = m.trace(gram) - float(p)
         root = (t * 0.5 + 1.0).rsqrt()
         y, z = gram * (root * root), None
-        if p <= _SMALL:
+        if isinstance(t, Tensor):
+            steps = _iterations(t, double)
+        else:
             z = _series(y)
             steps = 1 if double else 0  # from the rounding of single precision to that of double
             y = m.symmetric_matmul(y, z) if double else y
-        else:
-            steps = _iterations(t, double)
         for step in range(steps):
             correction = m.add_identity(y if z is None else m.symmetric_matmul(z, y), 1.5, -0.5)
             y = m.symmetric_matmul(y, correction) if step < steps - 1 else y
@@ -86,9 +85,10 @@ class Stiefel(Manifold):
         return z * root
 
     @staticmethod
-    def reach(p: int, double: bool) -> float:
-        """The t = ‖h‖² up to which :meth:`inverse_root` is exact to rounding."""
-        return _SERIES_REACH if p <= _SMALL else _REACH[double][_MOST_ITERATIONS[double]]
+    def reach(gram: Any) -> float:
+        """The t = ‖h‖² up to which :meth:`inverse_root` of such matrices is exact to rounding."""
+        double = matrices.is_double(gram)
+        return _REACH[double][_MOST_ITERATIONS[double]] if isinstance(gram, Tensor) else _SERIES_REACH
 
     def retract(self, q: Tensor, h: Tensor) -> Tensor:  # noqa: D102
         # (q + h)ᵀ(q + h) = qᵀq + hᵀh for a tangent h: its eigenvalues are at least 1 in the range of the scale, however
