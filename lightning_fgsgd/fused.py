@@ -1,11 +1,13 @@
 """The step of one weight in a single pass over memory: C++ made from :mod:`~lightning_fgsgd.step` itself.
 
-The functions of the step are run once on planes of symbols, which write down every operation that is done to them. That list
-of operations is the body of a loop over the components of a weight, so there is no second version of the mathematics. One
-such loop serves all weights whose components are of one size, contiguous or channels_last, whatever their shape; sizes,
-strides and the numbers of the step are its arguments. torch's own code cache compiles it, in about a second, once a machine.
+The functions of the step are run once on symbols, which write down every operation that is done to them. That list of
+operations is the body of a loop over the components of a weight, so there is no second version of the mathematics. Small
+kernels are symbols entry by entry, a vector of components at a time (:mod:`~lightning_fgsgd.source`), contiguous or
+channels_last; blocks of output neurons are symbols row by row, one block at a time (:mod:`~lightning_fgsgd.source_blocks`).
+One loop serves all weights whose components have the same size, whatever their shape: sizes, strides and the numbers of the
+step are its arguments. torch's own code cache compiles it, in about a second, once a machine.
 
-For small kernels in float32 and float64 on a CPU. All else goes through :mod:`~lightning_fgsgd.eager`.
+For float32 and float64 on a CPU. All else, and large kernels, go through :mod:`~lightning_fgsgd.eager`.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd import matrices
+from lightning_fgsgd.factors import upper_entries
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import SCHEMES
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.matrices import Planes, where
-from lightning_fgsgd.pom import POM, upper_entries
+from lightning_fgsgd.pom import POM
 from lightning_fgsgd.source import Program, Symbol, loop
 from lightning_fgsgd.source_blocks import BlockProgram, Rows, Square, block_loop
 from lightning_fgsgd.step import Options, move, riemannian_gradient
@@ -215,8 +218,6 @@ def _upper(program: Program, entries: int, p: int) -> Planes | None:
 
 
 # Calling it ----------------------------------------------------------------------------------------------------------
-
-_OPERANDS = ("w", "g", "b", "k", "pool", "r")
 
 
 def _call_blocks(

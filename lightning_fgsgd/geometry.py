@@ -18,7 +18,7 @@ from lightning_fgsgd import matrices
 from lightning_fgsgd.manifolds import Manifold, Stiefel
 from lightning_fgsgd.matrices import Planes, gram, matmul, where
 
-__all__ = ["Geometry", "factor", "inverse_factor"]
+__all__ = ["Geometry"]
 
 _FAR = 1e12  # squared length of a step on the other manifolds from which its double precision is needed
 
@@ -144,30 +144,3 @@ def _solve(omega: Any, upper: Any) -> Any:
         rest = [matrices.subtract(x, matrices.dot([q[r] for q in solved], above)) for r, x in enumerate(column)]
         solved.append([x * inverse for x in rest])
     return Planes(solved).mT
-
-
-def factor(inner: Tensor, eps: float) -> Tensor:
-    """Upper triangular U with UᵀU = P for Gram matrices P (k, p, p), singular ones too: Cholesky's algorithm.
-
-    A pivot below ``eps`` of the largest diagonal entry counts as zero: P is singular in that precision. The row of U is zero
-    then, as the rows of a positive semidefinite matrix are where its diagonal is zero.
-    """
-    rest, upper = inner.clone(), torch.zeros_like(inner)
-    smallest = eps * inner.diagonal(dim1=-2, dim2=-1).amax(-1)
-    for j in range(inner.shape[-1]):
-        pivot = rest[:, j, j]
-        root = torch.where(pivot > smallest, pivot, torch.zeros_like(pivot)).sqrt()
-        row = torch.where(root[:, None] > 0, rest[:, j] / torch.where(root > 0, root, 1.0)[:, None], 0.0)
-        upper[:, j, j:] = row[:, j:]
-        rest = rest - row[:, :, None] * row[:, None, :]
-    return upper
-
-
-def inverse_factor(upper: Tensor) -> Tensor:
-    """Inverse of a compact factor; columns whose diagonal entry is zero are zero."""
-    if upper.shape[-2] == 1:
-        return torch.where(upper == 0, 0.0, 1 / torch.where(upper == 0, 1.0, upper))
-    dead = (upper.diagonal(dim1=-2, dim2=-1) == 0).to(upper.dtype)
-    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
-    inverse = torch.linalg.solve_triangular(upper + torch.diag_embed(dead), identity, upper=True)
-    return inverse * (1 - dead)[:, None, :]

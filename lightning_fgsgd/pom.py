@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd.components import Cutting
-from lightning_fgsgd.geometry import Geometry, factor, inverse_factor
+from lightning_fgsgd.factors import factor_of, inverse_factor, pack_upper, unpack_upper
+from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import IndexSets, pack, unpack
 from lightning_fgsgd.manifolds import Manifold, get_manifold, wide
 from lightning_fgsgd.matrices import expand
@@ -66,7 +67,7 @@ class POM:
         cutting: how it is cut into components.
         sets: index sets of the components.
         start: ``"preserve"``, ``"project"`` or ``"random"``.
-        upper: U of the components for ``"preserve"``, as :meth:`pack_upper` gives it; None for the identity.
+        upper: U of the components for ``"preserve"``, of :func:`~lightning_fgsgd.factors.pack_upper`; None for the identity.
         radius: R of each component, (k,).
         origins: mean square of the scale at which the weights of each manifold stood before they were placed, by name.
         sizes: mean square of S for each manifold, by name.
@@ -124,7 +125,7 @@ class POM:
             if manifold_name == "euclidean" or index.numel() == 0:
                 continue
             manifold = get_manifold(manifold_name)
-            before = _factor(manifold, omega[index])
+            before = factor_of(manifold, omega[index])
             origins[manifold_name] = sizes[manifold_name] = float(manifold.mean_square(before))
             if planned.start == "preserve":
                 factors[i] = before
@@ -137,7 +138,7 @@ class POM:
                 omega[index] = manifold.random(*shape, generator=generator, dtype=torch.float64).to(omega)
         upper = None
         if factors:
-            upper = _pack_upper(factors, sets.to(weight.device), cutting, omega)
+            upper = pack_upper(factors, sets.to(weight.device), cutting, omega)
         if planned.start != "preserve":
             weight.copy_(cutting.join(omega))
         radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
@@ -220,21 +221,9 @@ class POM:
         radius = None if self.all_ones else self.radius.view(batch)[part][..., None, None]
         if metric == "embedded" and radius is not None:
             inverse_root = inverse_root / radius
-        upper = None if self.upper is None else self._unpack_upper(self.upper, batch, part)
+        upper = None if self.upper is None else unpack_upper(self.upper, self.cutting, batch, part)
         inverse = None if self.inverse is None else self.inverse.view(*batch, *self.inverse.shape[1:])[part]
         return Geometry(manifolds, inverse_root, radius, upper, inverse)
-
-    def _unpack_upper(self, upper: Tensor, batch: tuple[int, ...], part: slice | Tensor) -> Tensor:
-        """U as a compact tensor (..., 1 or p, 1 or p)."""
-        if not self.cutting.small:
-            return upper.view(*batch, *upper.shape[1:])[part]
-        rows, p = [row.view(batch)[part] for row in upper], self.cutting.p
-        if len(rows) in (1, p):
-            return torch.stack(rows, -1)[..., None, :]
-        full = rows[0].new_zeros(*rows[0].shape, p, p)
-        for row, (i, j) in zip(rows, upper_entries(p), strict=True):
-            full[..., i, j] = row
-        return full
 
     @torch.no_grad()
     def riemannian(self, weight: Tensor, grad: Tensor, metric: str) -> Tensor:
@@ -266,7 +255,7 @@ class POM:
                 like = self._radius.new_empty(len(index), self.cutting.n, self.cutting.p)
                 scale = inverse = manifold.unit_scale(like)
             else:
-                upper = self._unpack_upper(self.upper, (self.cutting.count,), index)
+                upper = unpack_upper(self.upper, self.cutting, (self.cutting.count,), index)
                 if manifold.name == "stiefel":
                     scale = manifold.root(expand(upper, self.cutting.p))
                 else:
@@ -284,36 +273,6 @@ class POM:
             part.manifold.scaled(omega[part.members], part.inverse) / radius[part.members, None, None]
             for part in (self.parts if parts is None else parts)
         ]
-
-    def group_distances(self, a: Tensor, b: Tensor, metric: str) -> Tensor:
-        """Distance ρ_g of every group between two points, (G,); see :meth:`coordinates` for ``a`` and ``b``, (k, n, p).
-
-        The root of the sum of the components' squared distances; on Stiefel the lower bound in closed form.
-        """
-        squares, m = (a - b).square().sum((-2, -1)), self.metric(metric)
-        for i, manifold in self.manifolds.items():
-            if manifold.name != "euclidean":
-                index = (self.sets.manifold == i).nonzero()[:, 0]
-                squares[index] = manifold.dist_bound(a[index], b[index]).square() * m[index]
-        return self.group_sums(squares).sqrt()
-
-    def coordinates(self, omega: Tensor) -> Tensor:
-        """Unit points q where there is a constraint and ω where there is none, as one tensor (k, n, p)."""
-        out = omega.clone()
-        parts = self.parts
-        for part, q in zip(parts, self.unit_points(omega, parts), strict=True):
-            out[part.members] = q
-        return out
-
-    def pull(self, average: Tensor, towards: Tensor, share: float) -> Tensor:
-        """Move ``average`` the ``share`` of the way towards another point, by a retraction; both as :meth:`coordinates`."""
-        moved = average.lerp(towards, share)
-        for i, manifold in self.manifolds.items():
-            if manifold.name != "euclidean":
-                index = (self.sets.manifold == i).nonzero()[:, 0]
-                a, b = average[index], towards[index]
-                moved[index] = manifold.retract(a, share * manifold.tangent(a, b - a))
-        return moved
 
     # Looking and changing -------------------------------------------------------------------------------------------
 
@@ -439,37 +398,3 @@ class POM:
 def working(weight: Tensor) -> Tensor:
     """``weight`` in the precision of the geometry: float32 for half precision, its own otherwise."""
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-
-
-def upper_entries(p: int) -> list[tuple[int, int]]:
-    """Row and column of the entries of an upper triangular matrix, in the order in which they are packed."""
-    return [(i, j) for i in range(p) for j in range(i, p)]
-
-
-def _factor(manifold: Manifold, omega: Tensor) -> Tensor:
-    """The compact U of components that all live on one manifold, in double precision."""
-    v = wide(omega)
-    if manifold.name != "stiefel":
-        return manifold.root(v)
-    return factor(v.mT @ v, torch.finfo(omega.dtype).eps)
-
-
-def _pack_upper(factors: Mapping[int, Tensor], sets: IndexSets, cutting: Cutting, like: Tensor) -> Tensor:
-    """U of all components in the least room that fits every manifold of the weight.
-
-    Of blocks (k, 1, 1), (k, 1, p) or (k, p, p). Of small kernels one row of numbers for each entry, (1, k), (p, k) or
-    (p(p+1)/2, k): they are read entry by entry.
-    """
-    k, p = cutting.count, cutting.p
-    rows, columns = max(f.shape[-2] for f in factors.values()), max(f.shape[-1] for f in factors.values())
-    upper = like.new_ones(k, 1, 1).expand(k, rows, columns).clone()
-    if rows > 1:
-        upper = torch.eye(p, dtype=like.dtype, device=like.device).repeat(k, 1, 1)
-    for i, f in factors.items():
-        full = expand(f, p) if rows > 1 else f.expand(-1, 1, columns)
-        upper[sets.manifold == i] = full.to(upper)
-    if not cutting.small:
-        return upper
-    if rows == 1:
-        return upper[:, 0].T.contiguous()
-    return torch.stack([upper[:, i, j] for i, j in upper_entries(p)])

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from lightning_fgsgd import eager, fused
+from lightning_fgsgd.average import distance_to_average
 from lightning_fgsgd.pom import POM, working
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
 __all__ = ["Update", "compiles"]
-
-_AVERAGED_STEPS = 100  # how far back the running average of rho="average" reaches
 
 
 def compiles(wanted: bool | None) -> bool:
@@ -96,7 +95,7 @@ class Update:
             return working(self.weight).new_ones(self.pom.num_groups)
         rho, metric = self.group["rho"], self.group["metric"]
         if rho == "average":
-            rho = self._distance_to_average(metric)
+            rho = distance_to_average(self.pom, self.weight, self.state, metric)
         return 1 / step_normalizer(norms, rho, self.pom.curvatures(metric))
 
     def move(self, shares: Tensor) -> Tensor:
@@ -136,16 +135,3 @@ class Update:
             self.buffer = self.state["momentum_buffer"] = torch.empty_like(like, dtype=self.buffer.dtype).copy_(
                 self.buffer
             )
-
-    def _distance_to_average(self, metric: str) -> Tensor:
-        """ρ of every group, (G,): how far the weights are from a running average of themselves, which is moved along."""
-        pom, state = self.pom, self.state
-        here = pom.coordinates(pom.cutting.cut(working(self.weight)))
-        steps = state["averaged"] = state.get("averaged", 0) + 1
-        if steps == 1:
-            average = here
-            state["average"] = torch.empty_like(working(self.weight)).copy_(pom.cutting.join(here))
-        else:
-            average = pom.pull(pom.cutting.cut(state["average"]), here, 1 / min(steps, _AVERAGED_STEPS))
-            state["average"].copy_(pom.cutting.join(average))
-        return pom.group_distances(here, average, metric)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_fgsgd.geometry import Geometry, factor, inverse_factor
+from lightning_fgsgd.factors import factor, inverse_factor
+from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.manifolds.stiefel import _REACH, _SERIES, _SERIES_REACH, Stiefel
 
