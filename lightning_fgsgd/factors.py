@@ -15,12 +15,15 @@ from lightning_fgsgd.matrices import expand
 __all__ = ["factor", "factor_of", "inverse_factor", "pack_upper", "unpack_upper", "upper_entries"]
 
 
-def factor_of(manifold: Manifold, omega: Tensor) -> Tensor:
+def factor_of(manifold: Manifold, omega: Tensor, cutting: Cutting) -> Tensor:
     """The compact U of components that all live on one manifold, in double precision."""
     v = wide(omega)
     if manifold.name != "stiefel":
         return manifold.root(v)
-    return factor(v.mT @ v, torch.finfo(omega.dtype).eps)
+    # What a pivot of relative size t that counts as zero leaves out of P is of size √t. Small kernels are solved for with
+    # care (Geometry.unit), and may be ill-conditioned; blocks are seldom.
+    eps = torch.finfo(omega.dtype).eps
+    return factor(v.mT @ v, eps**1.5 if cutting.small else eps)
 
 
 def factor(inner: Tensor, eps: float) -> Tensor:

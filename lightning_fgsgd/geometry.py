@@ -61,10 +61,13 @@ class Geometry:
         return g if self.radius is None else g * self.radius
 
     def follow(self, omega: Any, q: Any, new: Any) -> Any:
-        """The weights that go with new unit points: ω + R · (new − q) · U.
+        """The weights that go with new unit points: R · new · U.
 
-        They are changed by what q changes by, and not made anew from it: rounding then has no direction to add up in.
+        Where q was found with a rounded inverse of U, they are changed by what q changes by and not made anew from it:
+        the same rounding in every step would add up.
         """
+        if self.inverse is None and self.upper is not None:
+            return matmul(new if self.radius is None else new * self.radius, self.upper)
         if self.radius is None and self.upper is None:
             return new
         change = new - q if self.radius is None else (new - q) * self.radius
@@ -126,7 +129,11 @@ def _is_full(upper: Any) -> bool:
 
 
 def _solve(omega: Any, upper: Any) -> Any:
-    """ω · U⁻¹ by back substitution; columns whose diagonal entry is zero become zero."""
+    """ω · U⁻¹ by back substitution; columns whose diagonal entry is zero become zero.
+
+    Where U is ill-conditioned, the rounding of ω is magnified in the columns of small diagonal entries. They are made
+    orthogonal to those before them, so that the retraction does not turn the large columns to meet that noise.
+    """
     if isinstance(upper, Tensor) and upper.shape[-2] == 1:
         return omega * where(upper == 0, 0.0, 1 / where(upper == 0, 1.0, upper))
     if isinstance(omega, Tensor):
@@ -134,7 +141,8 @@ def _solve(omega: Any, upper: Any) -> Any:
         for j in range(upper.shape[-1]):
             rest = omega[..., j] - sum(q * upper[..., i, j, None] for i, q in enumerate(columns))
             pivot = upper[..., j, j, None]
-            columns.append(torch.where(pivot == 0, 0.0, rest / torch.where(pivot == 0, 1.0, pivot)))
+            q = torch.where(pivot == 0, 0.0, rest / torch.where(pivot == 0, 1.0, pivot))
+            columns.append(q - sum(other * (other * q).sum(-1, keepdim=True) for other in columns))
         return torch.stack(columns, -1)
     solved: list[list[Any]] = []
     for j, column in enumerate(omega.mT.rows):
@@ -142,5 +150,7 @@ def _solve(omega: Any, upper: Any) -> Any:
         inverse = where(pivot == 0, 0.0, 1.0 / where(pivot == 0, 1.0, pivot))
         above = [upper.rows[i][j] for i in range(j)]
         rest = [matrices.subtract(x, matrices.dot([q[r] for q in solved], above)) for r, x in enumerate(column)]
-        solved.append([x * inverse for x in rest])
+        q = [x * inverse for x in rest]
+        along = [matrices.dot(other, q) for other in solved]
+        solved.append([matrices.subtract(x, matrices.dot([o[r] for o in solved], along)) for r, x in enumerate(q)])
     return Planes(solved).mT

@@ -125,7 +125,7 @@ class POM:
             if manifold_name == "euclidean" or index.numel() == 0:
                 continue
             manifold = get_manifold(manifold_name)
-            before = factor_of(manifold, omega[index])
+            before = factor_of(manifold, omega[index], cutting)
             origins[manifold_name] = sizes[manifold_name] = float(manifold.mean_square(before))
             if planned.start == "preserve":
                 factors[i] = before
