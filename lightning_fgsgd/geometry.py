@@ -142,7 +142,9 @@ def _solve(omega: Any, upper: Any) -> Any:
             rest = omega[..., j] - sum(q * upper[..., i, j, None] for i, q in enumerate(columns))
             pivot = upper[..., j, j, None]
             q = torch.where(pivot == 0, 0.0, rest / torch.where(pivot == 0, 1.0, pivot))
-            columns.append(q - sum(other * (other * q).sum(-1, keepdim=True) for other in columns))
+            on_stiefel = [upper[..., i, j, None] != 0 for i in range(j)]
+            along = [o * ((o * q).sum(-1, keepdim=True) * s) for o, s in zip(columns, on_stiefel, strict=True)]
+            columns.append(q - sum(along))
         return torch.stack(columns, -1)
     solved: list[list[Any]] = []
     for j, column in enumerate(omega.mT.rows):
@@ -151,6 +153,10 @@ def _solve(omega: Any, upper: Any) -> Any:
         above = [upper.rows[i][j] for i in range(j)]
         rest = [matrices.subtract(x, matrices.dot([q[r] for q in solved], above)) for r, x in enumerate(column)]
         q = [x * inverse for x in rest]
-        along = [matrices.dot(other, q) for other in solved]
+        # On Stiefel only, where U is more than a diagonal.
+        along = [
+            0.0 if isinstance(u, float) else where(u == 0, 0.0, matrices.dot(other, q))
+            for u, other in zip(above, solved, strict=True)
+        ]
         solved.append([matrices.subtract(x, matrices.dot([o[r] for o in solved], along)) for r, x in enumerate(q)])
     return Planes(solved).mT
