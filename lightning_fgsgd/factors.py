@@ -15,15 +15,13 @@ from lightning_fgsgd.matrices import expand
 __all__ = ["factor", "factor_of", "inverse_factor", "pack_upper", "unpack_upper", "upper_entries"]
 
 
-def factor_of(manifold: Manifold, omega: Tensor, cutting: Cutting) -> Tensor:
+def factor_of(manifold: Manifold, omega: Tensor) -> Tensor:
     """The compact U of components that all live on one manifold, in double precision."""
     v = wide(omega)
     if manifold.name != "stiefel":
         return manifold.root(v)
-    # What a pivot of relative size t that counts as zero leaves out of P is of size √t. Small kernels are solved for with
-    # care (Geometry.unit), and may be ill-conditioned; blocks are seldom.
-    eps = torch.finfo(omega.dtype).eps
-    return factor(v.mT @ v, eps**1.5 if cutting.small else eps)
+    # A pivot of relative size t that counts as zero leaves entries of size √t out of P: these are to be rounding errors too.
+    return factor(v.mT @ v, max(torch.finfo(omega.dtype).eps ** 1.5, 1e-14))
 
 
 def factor(inner: Tensor, eps: float) -> Tensor:

@@ -53,7 +53,11 @@ class Geometry:
         q = omega if self.radius is None else omega * (1.0 / self.radius)
         if self.upper is None:
             return q
-        return _solve(q, self.upper) if self.inverse is None else matmul(q, self.inverse)
+        if self.inverse is None:
+            return _solve(q, self.upper)
+        # Refined once: what the inverse's own rounding does is the same in every step, and would add up.
+        first = matmul(q, self.inverse)
+        return first + matmul(matrices.subtract_product(q, first, self.upper), self.inverse)
 
     def pull(self, grad: Any) -> Any:
         """The gradient for q of the gradient G for ω: R · G · Uᵀ."""
@@ -63,15 +67,11 @@ class Geometry:
     def follow(self, omega: Any, q: Any, new: Any) -> Any:
         """The weights that go with new unit points: R · new · U.
 
-        Where q was found with a rounded inverse of U, they are changed by what q changes by and not made anew from it:
-        the same rounding in every step would add up.
+        Without U they are changed by what q changes by, as SGD changes a weight.
         """
-        if self.inverse is None and self.upper is not None:
+        if self.upper is not None:
             return matmul(new if self.radius is None else new * self.radius, self.upper)
-        if self.radius is None and self.upper is None:
-            return new
-        change = new - q if self.radius is None else (new - q) * self.radius
-        return omega + (change if self.upper is None else matmul(change, self.upper))
+        return new if self.radius is None else omega + (new - q) * self.radius
 
     def tangent(self, q: Any, g: Any) -> Any:
         """Orthogonal projection of ``g`` on the tangent spaces at ``q`` (Remark 2)."""
@@ -152,11 +152,11 @@ def _solve(omega: Any, upper: Any) -> Any:
         inverse = where(pivot == 0, 0.0, 1.0 / where(pivot == 0, 1.0, pivot))
         above = [upper.rows[i][j] for i in range(j)]
         rest = [matrices.subtract(x, matrices.dot([q[r] for q in solved], above)) for r, x in enumerate(column)]
-        q = [x * inverse for x in rest]
+        unit = [x * inverse for x in rest]
         # On Stiefel only, where U is more than a diagonal.
         along = [
-            0.0 if isinstance(u, float) else where(u == 0, 0.0, matrices.dot(other, q))
+            0.0 if isinstance(u, float) else where(u == 0, 0.0, matrices.dot(other, unit))
             for u, other in zip(above, solved, strict=True)
         ]
-        solved.append([matrices.subtract(x, matrices.dot([o[r] for o in solved], along)) for r, x in enumerate(q)])
+        solved.append([matrices.subtract(x, matrices.dot([o[r] for o in solved], along)) for r, x in enumerate(unit)])
     return Planes(solved).mT

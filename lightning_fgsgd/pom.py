@@ -90,7 +90,10 @@ class POM:
         self.sets = sets.to(radius.device)
         self.num_groups = sets.num_groups
         self.upper = upper
-        self.inverse = None if upper is None or cutting.small else inverse_factor(wide(upper)).to(upper).contiguous()
+        # Kernels are solved for one column after the other; of blocks that would be too slow.
+        self.inverse = None
+        if upper is not None and cutting.kind == "filter":
+            self.inverse = inverse_factor(wide(upper)).to(upper).contiguous()
         self.origins, self.sizes = dict(origins), dict(sizes)
         # Manifolds that occur, by their number in the index sets.
         self.manifolds = {
@@ -125,7 +128,7 @@ class POM:
             if manifold_name == "euclidean" or index.numel() == 0:
                 continue
             manifold = get_manifold(manifold_name)
-            before = factor_of(manifold, omega[index], cutting)
+            before = factor_of(manifold, omega[index])
             origins[manifold_name] = sizes[manifold_name] = float(manifold.mean_square(before))
             if planned.start == "preserve":
                 factors[i] = before
@@ -136,9 +139,7 @@ class POM:
             else:
                 shape = (index.numel(), cutting.n, cutting.p)
                 omega[index] = manifold.random(*shape, generator=generator, dtype=torch.float64).to(omega)
-        upper = None
-        if factors:
-            upper = pack_upper(factors, sets.to(weight.device), cutting, omega)
+        upper = pack_upper(factors, sets.to(weight.device), cutting, omega) if factors else None
         if planned.start != "preserve":
             weight.copy_(cutting.join(omega))
         radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)

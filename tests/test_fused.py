@@ -185,3 +185,17 @@ def test_a_machine_without_a_compiler_is_found_out(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     reason = done.stdout.split("reason:")[1].strip()
     assert reason
+
+
+@pytest.mark.parametrize("fused_", [False, True])
+@pytest.mark.parametrize("apart", [1e-1, 1e-3, 1e-5, 1e-7, 0.0])
+def test_an_ill_conditioned_gram_matrix_is_kept_as_well_as_any_other(apart, fused_):
+    # Columns that are almost multiples of each other, in small kernels, in large ones and in blocks.
+    model = nn.ModuleList([nn.Conv2d(8, 9, 3), nn.Conv2d(8, 9, 5), nn.Linear(64, 32)])
+    with torch.no_grad():
+        for kernels in (model[0].weight, model[1].weight):
+            kernels[..., 1] = 2 * kernels[..., 0] + apart * kernels[..., 1]
+        rows = model[2].weight
+        rows[1] = 2 * rows[0] + apart * rows[1]
+    optimizer = run(model, fused_, steps=20, scale=0.1, manifolds=("stiefel",), momentum=0.9)
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
