@@ -260,10 +260,20 @@ _HELPERS = r"""
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <type_traits>
+#include <utility>
 
 constexpr int L = 64 / sizeof(real);  // numbers in the widest vector
 typedef real vec __attribute__((vector_size(64)));
+typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> place;
+typedef place places __attribute__((vector_size(64)));
 typedef real loose __attribute__((vector_size(64), aligned(sizeof(real))));  // a vector at any address
+
+#ifdef __AVX512F__  // keep a vector in its register: gcc would read it again for every product
+#define HOLD(x) asm("" : "+v"(x))
+#else
+#define HOLD(x)
+#endif
 
 static inline vec load(const real* from) { return *(const loose*)from; }
 static inline void store(real* to, vec x) { *(loose*)to = x; }
@@ -301,41 +311,73 @@ static inline real squares(int64_t size, const real* a) {
   return sum;
 }
 
-// Inner products of I rows with J rows, all sums in registers.
-template <int I, int J>
+// Sums of pairs of neighbours that are W apart, of both vectors in turn.
+template <int W, int... T>
+static inline vec pairs(vec a, vec b, std::integer_sequence<int, T...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (T / W % 2 ? L + T - W : T)...) +
+         __builtin_shufflevector(a, b, (T / W % 2 ? L + T : T + W)...);
+#else
+  return __builtin_shuffle(a, b, places{(T / W % 2 ? L + T - W : T)...}) +
+         __builtin_shuffle(a, b, places{(T / W % 2 ? L + T : T + W)...});
+#endif
+}
+
+// The sum of each of N vectors.
+template <int W, int N>
+static inline void sums_of(vec* x, real* to) {
+  if constexpr (W == L) { for (int i = 0; i < N; ++i) store(to + i * L, x[i]); }
+  else {
+    for (int i = 0; i < N / 2; ++i) x[i] = pairs<W>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, L>());
+    sums_of<2 * W, N / 2>(x, to);
+  }
+}
+
+// Inner products of 4 rows with 4 rows, all sums in registers.
 static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0) {
-  vec sums[I][J] = {};
+  vec sums[16] = {};
   int64_t c = 0;
   for (; c + L <= n; c += L) {
-    vec y[J];
-    for (int j = 0; j < J; ++j) y[j] = load(b + (j0 + j) * n + c);
-    for (int i = 0; i < I; ++i) {
-      const vec x = load(a + (i0 + i) * n + c);
-      for (int j = 0; j < J; ++j) sums[i][j] += x * y[j];
+    vec y[4];
+    for (int j = 0; j < 4; ++j) { y[j] = load(b + (j0 + j) * n + c); HOLD(y[j]); }
+    for (int i = 0; i < 4; ++i) {
+      vec x = load(a + (i0 + i) * n + c);
+      HOLD(x);
+      for (int j = 0; j < 4; ++j) sums[4 * i + j] += x * y[j];
     }
   }
-  for (int i = 0; i < I; ++i)
-    for (int j = 0; j < J; ++j) {
-      real sum = 0;
-      for (int t = 0; t < L; ++t) sum += sums[i][j][t];
+  real found[16];
+  sums_of<1, 16>(sums, found);
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) {
+      real sum = found[4 * i + j];
       for (int64_t d = c; d < n; ++d) sum += a[(i0 + i) * n + d] * b[(j0 + j) * n + d];
       z[i0 + i][j0 + j] = sum;
     }
 }
 
+static inline real inner_product(int64_t n, const real* a, const real* b) {
+  vec sums = {};
+  int64_t c = 0;
+  for (; c + L <= n; c += L) sums += load(a + c) * load(b + c);
+  real sum = 0;
+  for (int t = 0; t < L; ++t) sum += sums[t];
+  for (; c < n; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
 static void gram(int64_t n, const real* a, const real* b, real (*z)[P]) {
   constexpr int whole = P / 4 * 4;
-  for (int i = 0; i < whole; i += 4) {
-    for (int j = 0; j < whole; j += 4) inner<4, 4>(n, a, b, z, i, j);
-    for (int j = whole; j < P; ++j) inner<4, 1>(n, a, b, z, i, j);
-  }
-  for (int i = whole; i < P; ++i) for (int j = 0; j < P; ++j) inner<1, 1>(n, a, b, z, i, j);
+  for (int i = 0; i < whole; i += 4) for (int j = 0; j < whole; j += 4) inner(n, a, b, z, i, j);
+  for (int i = 0; i < P; ++i)
+    for (int j = i < whole ? whole : 0; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
 }
 
 static void symmetric_gram(int64_t n, const real* a, const real* b, real (*z)[P]) {
   constexpr int whole = P / 4 * 4;
-  for (int i = 0; i < whole; i += 4) for (int j = i; j < whole; j += 4) inner<4, 4>(n, a, b, z, i, j);
-  for (int i = 0; i < P; ++i) for (int j = i > whole ? i : whole; j < P; ++j) inner<1, 1>(n, a, b, z, i, j);
+  for (int i = 0; i < whole; i += 4) for (int j = i; j < whole; j += 4) inner(n, a, b, z, i, j);
+  for (int i = 0; i < P; ++i)
+    for (int j = i > whole ? i : whole; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
   for (int i = 0; i < P; ++i) for (int j = 0; j < i; ++j) z[i][j] = z[j][i];
 }
 
@@ -375,10 +417,8 @@ static void apply(int64_t n, real* out, const real* c, real x, real y, const rea
 }
 
 static inline void multiply(const real (*a)[P], const real (*b)[P], real (*z)[P]) {
-  for (int i = 0; i < P; ++i) {
-    real row[P] = {};
-    for (int k = 0; k < P; ++k) for (int j = 0; j < P; ++j) row[j] += a[i][k] * b[k][j];
-    for (int j = 0; j < P; ++j) z[i][j] = row[j];
-  }
+  real transposed[P][P];
+  for (int i = 0; i < P; ++i) for (int j = 0; j < P; ++j) transposed[j][i] = a[i][j];
+  apply(P, z[0], nullptr, 0, 1, b[0], transposed);
 }
 """
