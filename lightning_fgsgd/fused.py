@@ -171,25 +171,22 @@ def block_source(variant: tuple[Any, ...], kind: str) -> str:
     _, p, names, entries, has_radius, embedded, dtype = variant
     program = BlockProgram(dtype, p)
     masks, inverse_root, radius = _given(program, names, has_radius, embedded, "")
-    upper, filled = None, ""
+    upper: Any = None
+    inverse: Any = None
     if entries:
-        upper = Square(program, "u")
-        filled = f"real u[P][P]; fill<{entries}>(u, U + k * {entries});"
-    inverse: Any = Square(program, "uinv") if entries else None
-    if entries:
-        filled += f" real uinv[P][P]; fill<{entries}>(uinv, V + k * {entries});"
+        upper, *inverse = (Square(program, name, shape="upper") for name in ("u", "inverse", "excess"))
     geometry = Geometry(masks, inverse_root, radius, upper, inverse)
     options = Options(*(program.number(i) for i in range(len(Options._fields))))
     omega, grad = Rows(program, "w"), Rows(program, "g")
     if kind == "squares":
         gradient = riemannian_gradient(geometry, geometry.unit(omega), omega, grad, options)
         program.store("out[k]", matrices.squares(gradient))
-        return block_loop(program, filled, has_radius, buffer=False)
+        return block_loop(program, entries, has_radius, buffer=False)
     buffer = None if kind == "move" else Rows(program, "b")
     share = program.symbol("f")
     weights, momentum, _ = move(geometry, omega, grad, buffer, share, options, nesterov=kind == "nesterov")
     program.finish(w_new=weights, b_new=momentum)
-    return block_loop(program, filled, has_radius, buffer=buffer is not None)
+    return block_loop(program, entries, has_radius, buffer=buffer is not None)
 
 
 def _given(program: Program, names: Any, has_radius: bool, embedded: bool, at: str) -> tuple[Any, Any, Any]:
@@ -312,6 +309,9 @@ def _axes(pom: POM, strides: tuple[tuple[int, ...], ...]) -> tuple[list[int], li
         if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1], steps, strict=True)):
             n, steps = merged.pop()[0] * n, steps
         merged.append((n, steps))
-    merged.sort(key=lambda axis: (axis[1][0] == 1 and axis[0] >= 8, axis[0] >= 64, axis[0]))
+    # The inner loop: over neighbours in memory; else over any that are many, and near.
+    merged.sort(
+        key=lambda axis: (axis[1][0] == 1 and axis[0] >= 8, axis[0] >= 64, -axis[1][0] if axis[0] >= 64 else axis[0])
+    )
     merged = [(1, (0,) * len(rows))] * (4 - len(merged)) + merged
     return [n for n, _ in merged], [x for row in zip(*(steps for _, steps in merged), strict=True) for x in row]

@@ -31,7 +31,7 @@ class Geometry:
         inverse_root_metric: 1/√m of each component; see :meth:`~lightning_fgsgd.pom.POM.metric`.
         radius: R of each component; None for 1.
         upper: U of each component; a compact tensor, or Planes; None for the identity.
-        inverse: its inverse, of large tensors.
+        inverse: its inverse, of blocks: rounded, and by how much that is too large.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Geometry:
         inverse_root_metric: Any,
         radius: Any = None,
         upper: Any = None,
-        inverse: Tensor | None = None,
+        inverse: tuple[Any, Any] | None = None,
     ) -> None:
         self.manifolds = manifolds
         self.inverse_root_metric = inverse_root_metric
@@ -55,9 +55,9 @@ class Geometry:
             return q
         if self.inverse is None:
             return _solve(q, self.upper)
-        # Refined once: what the inverse's own rounding does is the same in every step, and would add up.
-        first = matmul(q, self.inverse)
-        return first + matmul(matrices.subtract_product(q, first, self.upper), self.inverse)
+        # What the inverse's own rounding does is the same in every step, and would add up.
+        rounded, excess = self.inverse
+        return matrices.subtract_product(matmul(q, rounded), q, excess)
 
     def pull(self, grad: Any) -> Any:
         """The gradient for q of the gradient G for ω: R · G · Uᵀ."""

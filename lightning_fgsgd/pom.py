@@ -91,9 +91,11 @@ class POM:
         self.num_groups = sets.num_groups
         self.upper = upper
         # Kernels are solved for one column after the other; of blocks that would be too slow.
-        self.inverse = None
+        self.inverse: Tensor | None = None  # rounded, and by how much that is too large
         if upper is not None and cutting.kind == "filter":
-            self.inverse = inverse_factor(wide(upper)).to(upper).contiguous()
+            exact = inverse_factor(wide(upper))
+            rounded = exact.to(upper)
+            self.inverse = torch.stack([rounded, (rounded.to(exact) - exact).to(upper)])
         self.origins, self.sizes = dict(origins), dict(sizes)
         # Manifolds that occur, by their number in the index sets.
         self.manifolds = {
@@ -223,7 +225,10 @@ class POM:
         if metric == "embedded" and radius is not None:
             inverse_root = inverse_root / radius
         upper = None if self.upper is None else unpack_upper(self.upper, self.cutting, batch, part)
-        inverse = None if self.inverse is None else self.inverse.view(*batch, *self.inverse.shape[1:])[part]
+        inverse = None
+        if self.inverse is not None:
+            rounded, excess = (x.view(*batch, *x.shape[1:])[part] for x in self.inverse)
+            inverse = rounded, excess
         return Geometry(manifolds, inverse_root, radius, upper, inverse)
 
     @torch.no_grad()

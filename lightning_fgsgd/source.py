@@ -153,7 +153,9 @@ def loop(
       const int64_t {name}_step = strides[{4 * row + 3}];
       const bool {name}_direct = {name}_step == 1 && l == T;
       if ({name}_direct) {{ {" ".join(f"{name}{e} = {name}_here + offsets[{at + e}];" for e in entries)} }}
-      else {{ {" ".join(f"gather({name}{e}, {name}_here + offsets[{at + e}], {name}_step, l);" for e in entries)} }}"""
+      else {{ {" ".join(f"gather({name}{e}, {name}_here + offsets[{at + e}], {name}_step, l);" for e in entries)} }}
+      if ({name}_direct) for (int e = 0; e < {size}; ++e) for (int t = 0; t < T; t += 64 / sizeof(real))
+        __builtin_prefetch({name.upper()} + {_position(row, "_next")} + offsets[{at} + e] + t, 0, 2);"""
 
     def result(name: str) -> str:
         at = order[name] * size
@@ -218,15 +220,16 @@ extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, r
                        const uint8_t* M, const uint8_t* S, const real* table, double* sums, bool* moved) {{
   const int64_t threads = layout[0], count = layout[1], slots = layout[2], pools = layout[3];
   const int64_t *sizes = layout + 4, *strides = layout + 8, *offsets = layout + 32;
-  const int64_t tiles = (sizes[3] + T - 1) / T, k_step = strides[15], pool_step = strides[19];
+  const int64_t tiles = (sizes[3] + T - 1) / T, all = sizes[0] * sizes[1] * sizes[2] * tiles;
+  const int64_t k_step = strides[15], pool_step = strides[19];
   {numbers}
   #pragma omp parallel num_threads(threads)
   {{
     const int64_t thread = omp_get_thread_num();
     #pragma omp for schedule(static)
-    for (int64_t i = 0; i < sizes[0] * sizes[1] * sizes[2] * tiles; ++i) {{
-      const int64_t c = i % tiles * T, z = i / tiles % sizes[2];
-      const int64_t y = i / tiles / sizes[2] % sizes[1], x = i / tiles / sizes[2] / sizes[1];
+    for (int64_t i = 0; i < all; ++i) {{
+      {_place("i", "")}
+      {_place("(i + 1 < all ? i + 1 : i)", "_next")}
       const int l = sizes[3] - c < T ? sizes[3] - c : T;
       const int64_t k = {_position(3)}, pool = {_position(4)};
       int32_t m[T];
@@ -248,6 +251,14 @@ extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, r
 """
 
 
-def _position(operand: int) -> str:
+def _place(i: str, suffix: str) -> str:
+    """The four numbers of a tile."""
+    return (
+        f"const int64_t c{suffix} = {i} % tiles * T, z{suffix} = {i} / tiles % sizes[2];"
+        f" const int64_t y{suffix} = {i} / tiles / sizes[2] % sizes[1], x{suffix} = {i} / tiles / sizes[2] / sizes[1];"
+    )
+
+
+def _position(operand: int, suffix: str = "") -> str:
     """Where the tile begins in a tensor."""
-    return " + ".join(f"{axis} * strides[{4 * operand + i}]" for i, axis in enumerate("xyzc"))
+    return " + ".join(f"{axis}{suffix} * strides[{4 * operand + i}]" for i, axis in enumerate("xyzc"))

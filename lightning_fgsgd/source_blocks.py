@@ -60,10 +60,17 @@ class BlockProgram(Program):
                 self.uses.append((len(self.lines), "", (rows.name,)))
                 self.lines.append(f"const real* const {name} = {rows.name};")
 
-    def allocated(self) -> list[str]:
-        """The lines, with a room for all rows: one that is not read any more is used again."""
+    def allocated(self, *ahead: str) -> list[str]:
+        """The lines, with a room for all rows: one that is not read any more is used again.
+
+        The first products fetch the rows ``ahead``, of the next block, while they compute.
+        """
         last = {name: at for at, _, read in self.uses for name in read}
         lines = list(self.lines)
+        wanted = iter(ahead)
+        for i, line in enumerate(lines):
+            if "{ahead}" in line:
+                lines[i] = line.replace("{ahead}", next(wanted, "nullptr"))
         free: list[int] = []
         room_of: dict[str, int] = {}
         for at, name, read in self.uses:
@@ -99,13 +106,14 @@ class Rows:
         return _Transposed(self)
 
     def __matmul__(self, square: Square) -> Rows:
-        call = f"apply(n, {{out}}, nullptr, 0, 1, {self.name}, {square.name});"
+        call = f"apply<{square.shape}>(n, {{out}}, nullptr, 0, 1, {self.name}, {square.name}, {{ahead}});"
         return Rows(self._program, self._program.rows(call, self).name, self.factor)
 
     def subtract_product(self, a: Rows, square: Square) -> Rows:
         """This less a · square."""
         x, y = map(self._program.text, (self.factor, times(a.factor, -1.0)))
-        return self._program.rows(f"apply(n, {{out}}, {self.name}, {x}, {y}, {a.name}, {square.name});", self, a)
+        call = f"apply<{square.shape}>(n, {{out}}, {self.name}, {x}, {y}, {a.name}, {square.name}, {{ahead}});"
+        return self._program.rows(call, self, a)
 
     def combine(self, x: Value, other: Rows, y: Value) -> Rows:
         """x times this, and y times the other."""
@@ -151,16 +159,23 @@ class _Transposed:
 
     def _inner(self, call: str, other: Rows) -> Square:
         mine, factor = self._rows, times(self._rows.factor, other.factor)
-        found = mine._program.square(f"{call}(n, {mine.name}, {other.name}, {{out}});", mine, other)
+        found = mine._program.square(f"{call}(n, {mine.name}, {other.name}, {{out}}, {{ahead}});", mine, other)
         return found if isinstance(factor, float) and factor == 1.0 else found * factor
 
 
 class Square:
-    """A p x p matrix of symbols."""
+    """A p x p matrix of symbols.
 
-    def __init__(self, program: BlockProgram, name: str) -> None:
+    Args:
+        program: the code.
+        name: of the matrix in it.
+        shape: ``"upper"`` or ``"lower"`` if it is triangular; else ``"full"``.
+    """
+
+    def __init__(self, program: BlockProgram, name: str, shape: str = "full") -> None:
         self._program = program
         self.name = name
+        self.shape = shape
         self.rows = range(program.p)
 
     @property
@@ -174,7 +189,8 @@ class Square:
     @property
     def mT(self) -> Square:
         """The transposed matrix."""
-        return self._entries(f"{self.name}[j][i]")
+        other = {"upper": "lower", "lower": "upper"}.get(self.shape, self.shape)
+        return Square(self._program, self._entries(f"{self.name}[j][i]").name, other)
 
     def __add__(self, other: Square) -> Square:
         return self._entries(f"{self.name}[i][j] + {other.name}[i][j]")
@@ -215,18 +231,23 @@ class Square:
         return self._entries(f"{mask.name} ? {self.name}[i][j] : {other.name}[i][j]")
 
 
-def block_loop(program: BlockProgram, filled: str, radius: bool, *, buffer: bool) -> str:
+def block_loop(program: BlockProgram, entries: int, radius: bool, *, buffer: bool) -> str:
     """The C++ function ``kernel`` that runs ``program`` for every block of a weight, and ``rooms``: how many it needs.
 
     Args:
-        program: reads the rows ``w`` (weight), ``g`` (gradient), ``b`` (momentum), the squares ``u`` (U) and ``uinv``,
-            the numbers ``r`` (R), ``m`` (number of the manifold), ``f`` (1/𝔤) and ``s0``, ...; writes ``out[k]`` (squared
-            norm), or the rows ``w_new`` and ``b_new``, which are the block's if its condition holds.
-        filled: code that fills the squares ``u`` and ``uinv``, or "".
+        program: reads the rows ``w`` (weight), ``g`` (gradient), ``b`` (momentum), the squares ``u`` (U),
+            ``inverse`` and ``excess``, the numbers ``r`` (R), ``m`` (number of the manifold), ``f`` (1/𝔤) and ``s0``, ...;
+            writes ``out[k]`` (squared norm), or ``w_new`` and ``b_new``, which are the block's if its condition holds.
+        entries: number of entries of U that are stored, 0 if there is none.
         radius: whether there is an R.
         buffer: whether there is a momentum.
     """
-    body = "\n        ".join(program.allocated())
+    body = "\n        ".join(program.allocated("w_ahead", "g_ahead", "b_ahead"))
+    filled = "".join(
+        f" real {name}[P][P]; fill<{entries}>({name}, {at} * {entries});"
+        for name, at in (("u", "U + k"), ("inverse", "V + k"), ("excess", "V + (count + k)"))
+        if entries
+    )
     numbers = " ".join(f"const real s{i} = s[{i}];" for i in sorted(program.numbers))
     ending = ""
     if program.within is not None:
@@ -244,6 +265,8 @@ extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, r
   for (int64_t k = 0; k < count; ++k) {{
     real* const rooms = all_rooms + omp_get_thread_num() * {program.rooms} * size;
     real *w = W + k * size, *g = G + k * size, *b = B ? B + k * size : nullptr;
+    const int64_t on = k + 1 < count ? size : 0;
+    const real *w_ahead = w + on, *g_ahead = g + on, *b_ahead = b ? b + on : nullptr;
     const int m = M[k]; const real f = F ? F[k] : real(1); {"const real r = R[k];" if radius else ""}
     {filled}
         {body}
@@ -334,7 +357,7 @@ static inline void sums_of(vec* x, real* to) {
 }
 
 // Inner products of 4 rows with 4 rows, all sums in registers.
-static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0) {
+static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
   vec sums[16] = {};
   int64_t c = 0;
   for (; c + L <= n; c += L) {
@@ -343,6 +366,7 @@ static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], 
     for (int i = 0; i < 4; ++i) {
       vec x = load(a + (i0 + i) * n + c);
       HOLD(x);
+      if (ahead) __builtin_prefetch(ahead + (i0 + i) * n + c, 0, 2);
       for (int j = 0; j < 4; ++j) sums[4 * i + j] += x * y[j];
     }
   }
@@ -366,33 +390,34 @@ static inline real inner_product(int64_t n, const real* a, const real* b) {
   return sum;
 }
 
-static void gram(int64_t n, const real* a, const real* b, real (*z)[P]) {
+static void gram(int64_t n, const real* a, const real* b, real (*z)[P], const real* ahead) {
   constexpr int whole = P / 4 * 4;
-  for (int i = 0; i < whole; i += 4) for (int j = 0; j < whole; j += 4) inner(n, a, b, z, i, j);
+  for (int i = 0; i < whole; i += 4) for (int j = 0; j < whole; j += 4) inner(n, a, b, z, i, j, j ? nullptr : ahead);
   for (int i = 0; i < P; ++i)
     for (int j = i < whole ? whole : 0; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
 }
 
-static void symmetric_gram(int64_t n, const real* a, const real* b, real (*z)[P]) {
+static void symmetric_gram(int64_t n, const real* a, const real* b, real (*z)[P], const real* ahead) {
   constexpr int whole = P / 4 * 4;
-  for (int i = 0; i < whole; i += 4) for (int j = i; j < whole; j += 4) inner(n, a, b, z, i, j);
+  for (int i = 0; i < whole; i += 4) for (int j = i; j < whole; j += 4) inner(n, a, b, z, i, j, j > i ? nullptr : ahead);
   for (int i = 0; i < P; ++i)
     for (int j = i > whole ? i : whole; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
   for (int i = 0; i < P; ++i) for (int j = 0; j < i; ++j) z[i][j] = z[j][i];
 }
 
-// I rows of x · c + y · q z, a vector of columns at a time.
+// I rows of x · c + y · q z, a vector of columns at a time; rows of z before ``begin`` and from ``end`` on are zero there.
 template <int I>
 static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
-                                int i0) {
+                                int i0, int begin, int end, const real* ahead) {
   real f[P][I];
-  for (int j = 0; j < P; ++j) for (int i = 0; i < I; ++i) f[j][i] = y * z[j][i0 + i];
+  for (int j = begin; j < end; ++j) for (int i = 0; i < I; ++i) f[j][i] = y * z[j][i0 + i];
   int64_t d = 0;
   for (; d + L <= n; d += L) {
     vec sums[I];
     for (int i = 0; i < I; ++i) sums[i] = c ? x * load(c + (i0 + i) * n + d) : vec{};
-    for (int j = 0; j < P; ++j) {
+    for (int j = begin; j < end; ++j) {
       const vec row = load(q + j * n + d);
+      if (ahead) __builtin_prefetch(ahead + j * n + d, 0, 2);
       for (int i = 0; i < I; ++i) sums[i] += f[j][i] * row;
     }
     for (int i = 0; i < I; ++i) store(out + (i0 + i) * n + d, sums[i]);
@@ -400,25 +425,32 @@ static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, rea
   for (; d < n; ++d)
     for (int i = 0; i < I; ++i) {
       real sum = c ? x * c[(i0 + i) * n + d] : real(0);
-      for (int j = 0; j < P; ++j) sum += f[j][i] * q[j * n + d];
+      for (int j = begin; j < end; ++j) sum += f[j][i] * q[j * n + d];
       out[(i0 + i) * n + d] = sum;
     }
 }
 
-static void apply(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P]) {
+enum shape { full, upper, lower };
+
+template <shape S>
+static void apply(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
+                  const real* ahead) {
 #ifdef __AVX512F__
-  constexpr int many = 16;  // sums fit the registers
+  constexpr int most = 16;  // sums fit the registers
 #else
-  constexpr int many = 8;
+  constexpr int most = 8;
 #endif
+  constexpr int many = S == full ? most : most / 2;  // fewer rows have more zeros in common
   constexpr int whole = P / many * many;
-  for (int i = 0; i < whole; i += many) sums_of_rows<many>(n, out, c, x, y, q, z, i);
-  for (int i = whole; i < P; ++i) sums_of_rows<1>(n, out, c, x, y, q, z, i);
+  for (int i = 0; i < whole; i += many)
+    sums_of_rows<many>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + many : P, i ? nullptr : ahead);
+  for (int i = whole; i < P; ++i)
+    sums_of_rows<1>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + 1 : P, nullptr);
 }
 
 static inline void multiply(const real (*a)[P], const real (*b)[P], real (*z)[P]) {
   real transposed[P][P];
   for (int i = 0; i < P; ++i) for (int j = 0; j < P; ++j) transposed[j][i] = a[i][j];
-  apply(P, z[0], nullptr, 0, 1, b[0], transposed);
+  apply<full>(P, z[0], nullptr, 0, 1, b[0], transposed, nullptr);
 }
 """
