@@ -53,9 +53,12 @@ class FeatureStd(Metric):
         count = features.numel() // features.shape[dim]
         # A value of each channel is taken off first: the mean may be so large that float32 cannot hold it precisely enough.
         pivot = features[tuple(slice(None) if d == dim else slice(1) for d in range(features.ndim))]
-        variance, mean = torch.var_mean(features - pivot, dim=others, correction=0)
-        variance, mean = variance.to(self.moments), mean.to(self.moments) + pivot.flatten().to(self.moments)
-        batch = torch.stack([torch.full_like(mean, count), mean, variance * count])
+        # Two sums, the second of squares about the mean: as precise as torch.var_mean, which takes several times as long.
+        shifted = features - pivot
+        mean = shifted.mean(others, keepdim=True)
+        squares = shifted.sub_(mean).square_().sum(others).to(self.moments)
+        mean = (mean.to(self.moments) + pivot.to(self.moments)).flatten()
+        batch = torch.stack([torch.full_like(mean, count), mean, squares])
         self.moments = merge_moments(torch.stack([self.moments, batch]))
 
     def compute(self) -> Tensor:
