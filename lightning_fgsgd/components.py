@@ -88,8 +88,8 @@ class Cutting:
 
     @property
     def small(self) -> bool:
-        """Whether a component is so small that it is worked on entry by entry (a 3x3 kernel), and not as a matrix."""
-        return self.kind == "kernel" and self.p <= 3 and self.n * self.p <= 16
+        """Whether a component is so small (a kernel up to 7x7) that it is stored and compiled entry by entry."""
+        return self.kind == "kernel" and self.n * self.p <= 49
 
     def view(self, weight: Tensor) -> Tensor | None:
         """The components as a view, (..., n, p), for geometry alone: None where the strides do not allow one.

@@ -35,6 +35,7 @@ __all__ = ["advance", "available", "group_squares", "suits"]
 
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 _MOST_ROWS = 64  # output neurons in a block up to which its p x p matrices stay in the first cache
+_WORTH_COMPILING = 128  # kernels of more than 16 entries, whose code takes ten seconds (5x5) to half a minute (7x7) to compile
 _MOST_SLOTS = 16  # groups in a pool up to which the loop finds a component's group by comparing
 
 
@@ -46,7 +47,8 @@ def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
     if any(x.dtype != weight.dtype or x.device != weight.device or pom.cutting.view(x) is None for x in tensors):
         return False
     if pom.cutting.small:
-        return pom.sets.groups_in_pool <= _MOST_SLOTS and pom.sets.slot.dtype == torch.uint8
+        few = pom.cutting.n * pom.cutting.p > 16 and pom.cutting.count < _WORTH_COMPILING
+        return not few and pom.sets.groups_in_pool <= _MOST_SLOTS and pom.sets.slot.dtype == torch.uint8
     return (
         pom.cutting.kind == "filter"
         and pom.cutting.p <= _MOST_ROWS
