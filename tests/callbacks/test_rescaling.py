@@ -2,12 +2,15 @@ import itertools
 import logging
 
 import pytest
+import timm
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from sklearn.datasets import load_digits
+from torch import nn
 
-from lightning_fgsgd import FGSGD, FeatureStdRescaling, POMGrouping, pom_param_groups
+from lightning_fgsgd import FGSGD, FeatureStd, FeatureStdRescaling, POMGrouping, pom_param_groups
 from lightning_fgsgd.scaling import gamma
 from tests.lit import LitBase, LitTiny, loader, trainer
 
@@ -282,3 +285,31 @@ def test_a_second_fit_starts_anew(tmp_path):
     assert len(rescaling.history) == 2
     radius = again.optimizers[0].pom(module.model.conv.weight).radius
     torch.testing.assert_close(radius, torch.ones_like(radius))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [4, 8])
+def test_lambda_of_every_nth_batch_is_as_near_to_that_of_all_as_is_stated(every):
+    digits = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
+    generator = torch.Generator().manual_seed(0)
+    digits = digits[torch.randperm(len(digits), generator=generator)[:1792]].expand(-1, 3, -1, -1)
+    batches = torch.nn.functional.interpolate(digits, size=64, mode="bilinear").split(64)
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=10)
+    found: dict[int, dict[nn.Module, FeatureStd]] = {every: {}, 1: {}}
+    reading: list[int] = []
+
+    def read(module, args):
+        for n in reading:
+            found[n].setdefault(module, FeatureStd(args[0].shape[1])).update(args[0])
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(read)
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            reading[:] = [1, every] if i % every == 0 else [1]
+            model(batch)
+    pairs = zip(found[every].values(), found[1].values(), strict=True)
+    errors = torch.cat([(some.compute() / full.compute() - 1).abs() for some, full in pairs])
+    assert errors.quantile(0.95) <= 0.5 / (64 * len(batches[::every])) ** 0.5
