@@ -259,8 +259,8 @@ class FGSGD(torch.optim.Optimizer):
         if not found:
             return []
         sizes = [p.numel() for group in self.param_groups for p in group["params"]]
-        # A step by torch's operations holds up to sixteen tensors of a chunk: together the largest weight, or 5 % of all.
-        chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 16))
+        # A step by torch's operations holds up to eighteen tensors of a chunk: together the largest weight, or 5 % of all.
+        chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
         updates = []
         for p, group in found:
             compiled = p.device.type == "cpu" and compiles(group["fused"])

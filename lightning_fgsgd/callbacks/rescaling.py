@@ -44,8 +44,8 @@ class FeatureStdRescaling(Callback):
             with ``"preserve"`` are not clamped.
         limit: with ``"preserve"``, R stays within [1/limit, limit]. A channel that dies has λ -> 0, and λ¹/λ would blow up
             weights that no gradient can correct. ``None`` lifts it.
-        every_n_batches: read every n-th batch. λ is an average over very many features, so a sample is enough: of N images it
-            is within 0.5/√N of the λ of all images for 95 % of the channels (relative; measured on EfficientNet-Lite0).
+        every_n_batches: read every n-th batch. λ is an average over very many features, so a sample is enough: of N images
+            it is within 0.5/√N of the λ of all for 95 % of the channels (relative; measured on EfficientNet-Lite0).
 
     Attributes:
         history: for each epoch a dict with ``"epoch"`` and ``"layers"``, which maps a layer's name to the mean λ (``"std"``)
