@@ -148,11 +148,14 @@ def loop(
     def operand(name: str) -> str:
         row, at = order[name], order[name] * size
         return f"""
-      real {name}_tile[{size}][T], {", ".join(f"*{name}{e} = {name}_tile[{e}]" for e in entries)};
+      alignas(64) real {name}_tile[{size}][T];
+      real {", ".join(f"*{name}{e} = {name}_tile[{e}]" for e in entries)};
       real* const {name}_here = {name.upper()} + {_position(row)};
       const int64_t {name}_step = strides[{4 * row + 3}];
       const bool {name}_direct = {name}_step == 1 && l == T;
+      const bool {name}_packed = {name}_dense && {name}_step == {size} && l == T;
       if ({name}_direct) {{ {" ".join(f"{name}{e} = {name}_here + offsets[{at + e}];" for e in entries)} }}
+      else if ({name}_packed) unpack({name}_here, {name}_tile);
       else {{ {" ".join(f"gather({name}{e}, {name}_here + offsets[{at + e}], {name}_step, l);" for e in entries)} }}
       if ({name}_direct) for (int e = 0; e < {size}; ++e) for (int t = 0; t < T; t += 64 / sizeof(real))
         __builtin_prefetch({name.upper()} + {_position(row, "_next")} + offsets[{at} + e] + t, 0, 2);"""
@@ -161,7 +164,8 @@ def loop(
         at = order[name] * size
         stores = " ".join(f"scatter({name}{e}, {name}_here + offsets[{at + e}], {name}_step, l);" for e in entries)
         return f"""
-      if (!{name}_direct) {{ {stores} }}"""
+      if ({name}_packed) pack({name}_here, {name}_tile);
+      else if (!{name}_direct) {{ {stores} }}"""
 
     slots = """
       int32_t slot[T];
@@ -195,6 +199,9 @@ def loop(
     upper = "".join(f"\n      real u{i}[T]; gather(u{i}, U + {i} * count + k, k_step, l);" for i in range(factors)) + (
         f"\n      real r[T]; gather(r, R + {_position(5)}, strides[23], l);" if radius else ""
     )
+    dense = " ".join(
+        f"const bool {x} = dense<{size}>(offsets + {order[x[0]] * size});" for x in (f"{n}_dense" for n in reads)
+    )
     body = "\n        ".join(program.lines)
     # Read here, for a number that is read in a branch keeps the loop from being vectorised.
     numbers = " ".join(f"const real s{i} = s[{i}];" for i in sorted(program.numbers))
@@ -202,9 +209,12 @@ def loop(
 #include <cmath>
 #include <cstdint>
 #include <omp.h>
+#include <type_traits>
+#include <utility>
 
 typedef {program.real} real;
 constexpr int T = {_TILE};
+{_PACKING}
 
 template <typename To, typename From>
 static inline void gather(To* to, const From* from, int64_t step, int l) {{
@@ -223,6 +233,7 @@ extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, r
   const int64_t tiles = (sizes[3] + T - 1) / T, all = sizes[0] * sizes[1] * sizes[2] * tiles;
   const int64_t k_step = strides[15], pool_step = strides[19];
   {numbers}
+  {dense}
   #pragma omp parallel num_threads(threads)
   {{
     const int64_t thread = omp_get_thread_num();
@@ -248,6 +259,92 @@ extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, r
     }}
   }}
 }}
+"""
+
+
+_PACKING = r"""
+// Kernels of E numbers side by side in memory, and the E planes of a tile of them.
+//
+// Number e of L neighbouring kernels lies in L different places of a vector, since E is odd: E vectors are blended by place,
+// and the places are put in order.
+constexpr int L = 64 / sizeof(real);
+typedef real vec __attribute__((vector_size(64)));
+typedef real loose __attribute__((vector_size(64), aligned(sizeof(real))));  // a vector at any address
+typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> place;
+typedef place places __attribute__((vector_size(64)));
+template <int... l> using lanes = std::integer_sequence<int, l...>;
+
+#ifdef __AVX512F__
+constexpr bool blends(int E) { return E % 2 == 1 && E > 1 && E <= 9; }  // more numbers need more blends than moves
+#else
+constexpr bool blends(int E) { return false; }
+#endif
+
+template <int E>  // whether the numbers of a kernel are in order
+static inline bool dense(const int64_t* offsets) {
+  for (int e = 0; e < E; ++e) if (offsets[e] != e) return false;
+  return blends(E);
+}
+
+template <int... at>
+static inline vec permute(vec x) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, x, at...);
+#else
+  return __builtin_shuffle(x, places{at...});
+#endif
+}
+
+template <int E>  // the kernel of which number e lies in lane l
+constexpr int owner(int e, int l) {
+  for (int t = 0; t < L; ++t) if ((E * t + e) % L == l) return t;
+  return 0;
+}
+
+template <int E, int e, int... l>
+static inline vec plane(const vec* v, lanes<l...>) {
+  vec x = v[0];
+  #pragma GCC unroll 16
+  for (int j = 1; j < E; ++j) x = places{((E * owner<E>(e, l) + e) / L == j ? -1 : 0)...} ? v[j] : x;
+  return permute<(E * l + e) % L...>(x);
+}
+
+template <int E, int e, int... l>
+static inline vec spread(const real* plane, lanes<l...>) { return permute<owner<E>(e, l)...>(*(const vec*)plane); }
+
+template <int E, int j, int... l>
+static inline vec joined(const vec* v, lanes<l...>) {
+  vec x = v[0];
+  #pragma GCC unroll 16
+  for (int e = 1; e < E; ++e) x = places{((L * j + l) % E == e ? -1 : 0)...} ? v[e] : x;
+  return x;
+}
+
+template <int E, int... e>
+static inline void unpack_all(const real* from, real (*tile)[T], lanes<e...>) {
+  for (int t = 0; t < T; t += L, from += E * L) {
+    const vec v[E] = {*(const loose*)(from + e * L)...};
+    ((*(vec*)(tile[e] + t) = plane<E, e>(v, std::make_integer_sequence<int, L>())), ...);
+  }
+}
+
+template <int E, int... e>
+static inline void pack_all(real* to, real (*tile)[T], lanes<e...>) {
+  for (int t = 0; t < T; t += L, to += E * L) {
+    const vec v[E] = {spread<E, e>(tile[e] + t, std::make_integer_sequence<int, L>())...};
+    ((*(loose*)(to + e * L) = joined<E, e>(v, std::make_integer_sequence<int, L>())), ...);
+  }
+}
+
+template <size_t E>
+static inline void unpack(const real* from, real (&tile)[E][T]) {
+  if constexpr (blends(E)) unpack_all<E>(from, tile, std::make_integer_sequence<int, E>());
+}
+
+template <size_t E>
+static inline void pack(real* to, real (&tile)[E][T]) {
+  if constexpr (blends(E)) pack_all<E>(to, tile, std::make_integer_sequence<int, E>());
+}
 """
 
 

@@ -199,3 +199,17 @@ def test_an_ill_conditioned_gram_matrix_is_kept_as_well_as_any_other(apart, fuse
         rows[1] = 2 * rows[0] + apart * rows[1]
     optimizer = run(model, fused_, steps=20, scale=0.1, manifolds=("stiefel",), momentum=0.9)
     assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3), (5, 5), (2, 2)], ids=str)
+def test_kernels_side_by_side_in_memory_are_stepped_as_those_in_planes(kernel, dtype):
+    # The first are blended into planes and back; the second are worked on in place.
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(64, 37, kernel, dtype=dtype).to(memory_format=layout)
+        optimizer = run(model, True, momentum=0.9, rescale=True)
+        found.append([*model.parameters(), *optimizer_state(optimizer)])
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
