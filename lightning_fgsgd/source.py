@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lightning_fgsgd.cpp import PACKING, VECTORS
+
 __all__ = ["Program", "Symbol", "loop"]
 
 _TILE = 64  # components that are worked on together: a few of the widest vectors; their entries fit the first cache
@@ -206,15 +208,9 @@ def loop(
     # Read here, for a number that is read in a branch keeps the loop from being vectorised.
     numbers = " ".join(f"const real s{i} = s[{i}];" for i in sorted(program.numbers))
     return f"""
-#include <cmath>
-#include <cstdint>
-#include <omp.h>
-#include <type_traits>
-#include <utility>
-
 typedef {program.real} real;
 constexpr int T = {_TILE};
-{_PACKING}
+{VECTORS}{PACKING}
 
 template <typename To, typename From>
 static inline void gather(To* to, const From* from, int64_t step, int l) {{
@@ -259,92 +255,6 @@ extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, r
     }}
   }}
 }}
-"""
-
-
-_PACKING = r"""
-// Kernels of E numbers side by side in memory, and the E planes of a tile of them.
-//
-// Number e of L neighbouring kernels lies in L different places of a vector, since E is odd: E vectors are blended by place,
-// and the places are put in order.
-constexpr int L = 64 / sizeof(real);
-typedef real vec __attribute__((vector_size(64)));
-typedef real loose __attribute__((vector_size(64), aligned(sizeof(real))));  // a vector at any address
-typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> place;
-typedef place places __attribute__((vector_size(64)));
-template <int... l> using lanes = std::integer_sequence<int, l...>;
-
-#ifdef __AVX512F__
-constexpr bool blends(int E) { return E % 2 == 1 && E > 1 && E <= 9; }  // more numbers need more blends than moves
-#else
-constexpr bool blends(int E) { return false; }
-#endif
-
-template <int E>  // whether the numbers of a kernel are in order
-static inline bool dense(const int64_t* offsets) {
-  for (int e = 0; e < E; ++e) if (offsets[e] != e) return false;
-  return blends(E);
-}
-
-template <int... at>
-static inline vec permute(vec x) {
-#ifdef __clang__
-  return __builtin_shufflevector(x, x, at...);
-#else
-  return __builtin_shuffle(x, places{at...});
-#endif
-}
-
-template <int E>  // the kernel of which number e lies in lane l
-constexpr int owner(int e, int l) {
-  for (int t = 0; t < L; ++t) if ((E * t + e) % L == l) return t;
-  return 0;
-}
-
-template <int E, int e, int... l>
-static inline vec plane(const vec* v, lanes<l...>) {
-  vec x = v[0];
-  #pragma GCC unroll 16
-  for (int j = 1; j < E; ++j) x = places{((E * owner<E>(e, l) + e) / L == j ? -1 : 0)...} ? v[j] : x;
-  return permute<(E * l + e) % L...>(x);
-}
-
-template <int E, int e, int... l>
-static inline vec spread(const real* plane, lanes<l...>) { return permute<owner<E>(e, l)...>(*(const vec*)plane); }
-
-template <int E, int j, int... l>
-static inline vec joined(const vec* v, lanes<l...>) {
-  vec x = v[0];
-  #pragma GCC unroll 16
-  for (int e = 1; e < E; ++e) x = places{((L * j + l) % E == e ? -1 : 0)...} ? v[e] : x;
-  return x;
-}
-
-template <int E, int... e>
-static inline void unpack_all(const real* from, real (*tile)[T], lanes<e...>) {
-  for (int t = 0; t < T; t += L, from += E * L) {
-    const vec v[E] = {*(const loose*)(from + e * L)...};
-    ((*(vec*)(tile[e] + t) = plane<E, e>(v, std::make_integer_sequence<int, L>())), ...);
-  }
-}
-
-template <int E, int... e>
-static inline void pack_all(real* to, real (*tile)[T], lanes<e...>) {
-  for (int t = 0; t < T; t += L, to += E * L) {
-    const vec v[E] = {spread<E, e>(tile[e] + t, std::make_integer_sequence<int, L>())...};
-    ((*(loose*)(to + e * L) = joined<E, e>(v, std::make_integer_sequence<int, L>())), ...);
-  }
-}
-
-template <size_t E>
-static inline void unpack(const real* from, real (&tile)[E][T]) {
-  if constexpr (blends(E)) unpack_all<E>(from, tile, std::make_integer_sequence<int, E>());
-}
-
-template <size_t E>
-static inline void pack(real* to, real (&tile)[E][T]) {
-  if constexpr (blends(E)) pack_all<E>(to, tile, std::make_integer_sequence<int, E>());
-}
 """
 
 

@@ -1,0 +1,263 @@
+"""C++ that the compiled steps are built on: vectors of numbers, and what is done to whole tiles and blocks of them."""
+
+__all__ = ["BLOCKS", "PACKING", "VECTORS"]
+
+VECTORS = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#include <type_traits>
+#include <utility>
+
+constexpr int L = 64 / sizeof(real);  // numbers in the widest vector
+typedef real vec __attribute__((vector_size(64)));
+typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> place;
+typedef place places __attribute__((vector_size(64)));
+typedef real loose __attribute__((vector_size(64), aligned(sizeof(real))));  // a vector at any address
+"""
+
+PACKING = r"""
+// Kernels of E numbers side by side in memory, and the E planes of a tile of them.
+//
+// Number e of L neighbouring kernels lies in L different places of a vector, since E is odd: E vectors are blended by place,
+// and the places are put in order.
+template <int... l> using lanes = std::integer_sequence<int, l...>;
+
+#ifdef __AVX512F__
+constexpr bool blends(int E) { return E % 2 == 1 && E > 1 && E <= 9; }  // more numbers need more blends than moves
+#else
+constexpr bool blends(int E) { return false; }
+#endif
+
+template <int E>  // whether the numbers of a kernel are in order
+static inline bool dense(const int64_t* offsets) {
+  for (int e = 0; e < E; ++e) if (offsets[e] != e) return false;
+  return blends(E);
+}
+
+template <int... at>
+static inline vec permute(vec x) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, x, at...);
+#else
+  return __builtin_shuffle(x, places{at...});
+#endif
+}
+
+template <int E>  // the kernel of which number e lies in lane l
+constexpr int owner(int e, int l) {
+  for (int t = 0; t < L; ++t) if ((E * t + e) % L == l) return t;
+  return 0;
+}
+
+template <int E, int e, int... l>
+static inline vec plane(const vec* v, lanes<l...>) {
+  vec x = v[0];
+  #pragma GCC unroll 16
+  for (int j = 1; j < E; ++j) x = places{((E * owner<E>(e, l) + e) / L == j ? -1 : 0)...} ? v[j] : x;
+  return permute<(E * l + e) % L...>(x);
+}
+
+template <int E, int e, int... l>
+static inline vec spread(const real* plane, lanes<l...>) { return permute<owner<E>(e, l)...>(*(const vec*)plane); }
+
+template <int E, int j, int... l>
+static inline vec joined(const vec* v, lanes<l...>) {
+  vec x = v[0];
+  #pragma GCC unroll 16
+  for (int e = 1; e < E; ++e) x = places{((L * j + l) % E == e ? -1 : 0)...} ? v[e] : x;
+  return x;
+}
+
+template <int E, int... e>
+static inline void unpack_all(const real* from, real (*tile)[T], lanes<e...>) {
+  for (int t = 0; t < T; t += L, from += E * L) {
+    const vec v[E] = {*(const loose*)(from + e * L)...};
+    ((*(vec*)(tile[e] + t) = plane<E, e>(v, std::make_integer_sequence<int, L>())), ...);
+  }
+}
+
+template <int E, int... e>
+static inline void pack_all(real* to, real (*tile)[T], lanes<e...>) {
+  for (int t = 0; t < T; t += L, to += E * L) {
+    const vec v[E] = {spread<E, e>(tile[e] + t, std::make_integer_sequence<int, L>())...};
+    ((*(loose*)(to + e * L) = joined<E, e>(v, std::make_integer_sequence<int, L>())), ...);
+  }
+}
+
+template <size_t E>
+static inline void unpack(const real* from, real (&tile)[E][T]) {
+  if constexpr (blends(E)) unpack_all<E>(from, tile, std::make_integer_sequence<int, E>());
+}
+
+template <size_t E>
+static inline void pack(real* to, real (&tile)[E][T]) {
+  if constexpr (blends(E)) pack_all<E>(to, tile, std::make_integer_sequence<int, E>());
+}
+"""
+
+BLOCKS = r"""
+
+#ifdef __AVX512F__  // keep a vector in its register: gcc would read it again for every product
+#define HOLD(x) asm("" : "+v"(x))
+#else
+#define HOLD(x)
+#endif
+
+static inline vec load(const real* from) { return *(const loose*)from; }
+static inline void store(real* to, vec x) { *(loose*)to = x; }
+static inline void clear(real (*z)[P]) { std::memset(z, 0, P * P * sizeof(real)); }
+static inline void copy(int64_t size, real* to, const real* from) { std::memcpy(to, from, size * sizeof(real)); }
+
+template <int N>  // N numbers: a multiple of the identity, a diagonal, or all of the matrix
+static inline void fill(real (*z)[P], const real* from) {
+  if (N == P * P && P > 1) { std::memcpy(z, from, P * P * sizeof(real)); return; }
+  clear(z);
+  for (int i = 0; i < P; ++i) z[i][i] = from[N == 1 ? 0 : i];
+}
+
+static inline void scale(int64_t size, real* out, const real* a, real x) {
+  for (int64_t i = 0; i < size; ++i) out[i] = a[i] * x;
+}
+
+static inline void combine(int64_t size, real* out, const real* a, real x, const real* b, real y) {
+  for (int64_t i = 0; i < size; ++i) out[i] = a[i] * x + b[i] * y;
+}
+
+static inline void choose(int64_t size, real* out, bool mask, const real* a, const real* b) {
+  std::memcpy(out, mask ? a : b, size * sizeof(real));
+}
+
+static inline real squares(int64_t size, const real* a) {
+  vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= size; i += 4 * L)
+    for (int t = 0; t < 4; ++t) { const vec x = load(a + i + t * L); sums[t] += x * x; }
+  real sum = 0;
+  for (; i < size; ++i) sum += a[i] * a[i];
+  const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int t = 0; t < L; ++t) sum += all[t];
+  return sum;
+}
+
+// Sums of pairs of neighbours that are W apart, of both vectors in turn.
+template <int W, int... T>
+static inline vec pairs(vec a, vec b, std::integer_sequence<int, T...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (T / W % 2 ? L + T - W : T)...) +
+         __builtin_shufflevector(a, b, (T / W % 2 ? L + T : T + W)...);
+#else
+  return __builtin_shuffle(a, b, places{(T / W % 2 ? L + T - W : T)...}) +
+         __builtin_shuffle(a, b, places{(T / W % 2 ? L + T : T + W)...});
+#endif
+}
+
+// The sum of each of N vectors.
+template <int W, int N>
+static inline void sums_of(vec* x, real* to) {
+  if constexpr (W == L) { for (int i = 0; i < N; ++i) store(to + i * L, x[i]); }
+  else {
+    for (int i = 0; i < N / 2; ++i) x[i] = pairs<W>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, L>());
+    sums_of<2 * W, N / 2>(x, to);
+  }
+}
+
+// Inner products of 4 rows with 4 rows, all sums in registers.
+static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
+  vec sums[16] = {};
+  int64_t c = 0;
+  for (; c + L <= n; c += L) {
+    vec y[4];
+    for (int j = 0; j < 4; ++j) { y[j] = load(b + (j0 + j) * n + c); HOLD(y[j]); }
+    for (int i = 0; i < 4; ++i) {
+      vec x = load(a + (i0 + i) * n + c);
+      HOLD(x);
+      if (ahead) __builtin_prefetch(ahead + (i0 + i) * n + c, 0, 2);
+      for (int j = 0; j < 4; ++j) sums[4 * i + j] += x * y[j];
+    }
+  }
+  real found[16];
+  sums_of<1, 16>(sums, found);
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) {
+      real sum = found[4 * i + j];
+      for (int64_t d = c; d < n; ++d) sum += a[(i0 + i) * n + d] * b[(j0 + j) * n + d];
+      z[i0 + i][j0 + j] = sum;
+    }
+}
+
+static inline real inner_product(int64_t n, const real* a, const real* b) {
+  vec sums = {};
+  int64_t c = 0;
+  for (; c + L <= n; c += L) sums += load(a + c) * load(b + c);
+  real sum = 0;
+  for (int t = 0; t < L; ++t) sum += sums[t];
+  for (; c < n; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+static void gram(int64_t n, const real* a, const real* b, real (*z)[P], const real* ahead) {
+  constexpr int whole = P / 4 * 4;
+  for (int i = 0; i < whole; i += 4) for (int j = 0; j < whole; j += 4) inner(n, a, b, z, i, j, j ? nullptr : ahead);
+  for (int i = 0; i < P; ++i)
+    for (int j = i < whole ? whole : 0; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
+}
+
+static void symmetric_gram(int64_t n, const real* a, const real* b, real (*z)[P], const real* ahead) {
+  constexpr int whole = P / 4 * 4;
+  for (int i = 0; i < whole; i += 4) for (int j = i; j < whole; j += 4) inner(n, a, b, z, i, j, j > i ? nullptr : ahead);
+  for (int i = 0; i < P; ++i)
+    for (int j = i > whole ? i : whole; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
+  for (int i = 0; i < P; ++i) for (int j = 0; j < i; ++j) z[i][j] = z[j][i];
+}
+
+// I rows of x · c + y · q z, a vector of columns at a time; rows of z before ``begin`` and from ``end`` on are zero there.
+template <int I>
+static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
+                                int i0, int begin, int end, const real* ahead) {
+  real f[P][I];
+  for (int j = begin; j < end; ++j) for (int i = 0; i < I; ++i) f[j][i] = y * z[j][i0 + i];
+  int64_t d = 0;
+  for (; d + L <= n; d += L) {
+    vec sums[I];
+    for (int i = 0; i < I; ++i) sums[i] = c ? x * load(c + (i0 + i) * n + d) : vec{};
+    for (int j = begin; j < end; ++j) {
+      const vec row = load(q + j * n + d);
+      if (ahead) __builtin_prefetch(ahead + j * n + d, 0, 2);
+      for (int i = 0; i < I; ++i) sums[i] += f[j][i] * row;
+    }
+    for (int i = 0; i < I; ++i) store(out + (i0 + i) * n + d, sums[i]);
+  }
+  for (; d < n; ++d)
+    for (int i = 0; i < I; ++i) {
+      real sum = c ? x * c[(i0 + i) * n + d] : real(0);
+      for (int j = begin; j < end; ++j) sum += f[j][i] * q[j * n + d];
+      out[(i0 + i) * n + d] = sum;
+    }
+}
+
+enum shape { full, upper, lower };
+
+template <shape S>
+static void apply(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
+                  const real* ahead) {
+#ifdef __AVX512F__
+  constexpr int most = 16;  // sums fit the registers
+#else
+  constexpr int most = 8;
+#endif
+  constexpr int many = S == full ? most : most / 2;  // fewer rows have more zeros in common
+  constexpr int whole = P / many * many;
+  for (int i = 0; i < whole; i += many)
+    sums_of_rows<many>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + many : P, i ? nullptr : ahead);
+  for (int i = whole; i < P; ++i)
+    sums_of_rows<1>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + 1 : P, nullptr);
+}
+
+static inline void multiply(const real (*a)[P], const real (*b)[P], real (*z)[P]) {
+  real transposed[P][P];
+  for (int i = 0; i < P; ++i) for (int j = 0; j < P; ++j) transposed[j][i] = a[i][j];
+  apply<full>(P, z[0], nullptr, 0, 1, b[0], transposed, nullptr);
+}
+"""
