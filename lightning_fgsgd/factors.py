@@ -12,7 +12,15 @@ from lightning_fgsgd.grouping import IndexSets
 from lightning_fgsgd.manifolds import Manifold, wide
 from lightning_fgsgd.matrices import expand
 
-__all__ = ["factor", "factor_of", "inverse_factor", "pack_upper", "unpack_upper", "upper_entries"]
+__all__ = [
+    "factor",
+    "factor_of",
+    "inverse_factor",
+    "inverse_in_two_terms",
+    "pack_upper",
+    "unpack_upper",
+    "upper_entries",
+]
 
 
 def factor_of(manifold: Manifold, omega: Tensor) -> Tensor:
@@ -49,6 +57,13 @@ def inverse_factor(upper: Tensor) -> Tensor:
     identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
     inverse = torch.linalg.solve_triangular(upper + torch.diag_embed(dead), identity, upper=True)
     return inverse * (1 - dead)[:, None, :]
+
+
+def inverse_in_two_terms(upper: Tensor) -> Tensor:
+    """The inverse of U, (2, ...): rounded to U's precision, and by how much that is too large."""
+    exact = inverse_factor(wide(upper))
+    rounded = exact.to(upper)
+    return torch.stack([rounded, (rounded.to(exact) - exact).to(upper)])
 
 
 def upper_entries(p: int) -> list[tuple[int, int]]:

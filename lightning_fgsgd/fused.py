@@ -35,9 +35,7 @@ __all__ = ["advance", "available", "group_squares", "suits"]
 
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 _MOST_ROWS = 64  # output neurons in a block up to which its p x p matrices stay in the first cache
-_WORTH_COMPILING = (
-    128  # kernels of more than 16 entries, whose code takes ten seconds (5x5) to half a minute (7x7) to compile
-)
+_WORTH_COMPILING = 128  # kernels from which on it pays to compile for 10 s (5x5) to half a minute (7x7)
 _MOST_SLOTS = 16  # groups in a pool up to which the loop finds a component's group by comparing
 
 

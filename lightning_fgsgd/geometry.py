@@ -40,7 +40,7 @@ class Geometry:
         inverse_root_metric: Any,
         radius: Any = None,
         upper: Any = None,
-        inverse: tuple[Any, Any] | None = None,
+        inverse: Sequence[Any] | None = None,
     ) -> None:
         self.manifolds = manifolds
         self.inverse_root_metric = inverse_root_metric

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd.components import Cutting
-from lightning_fgsgd.factors import factor_of, inverse_factor, pack_upper, unpack_upper
+from lightning_fgsgd.factors import factor_of, inverse_in_two_terms, pack_upper, unpack_upper
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import IndexSets, pack, unpack
 from lightning_fgsgd.manifolds import Manifold, get_manifold, wide
@@ -21,7 +21,7 @@ from lightning_fgsgd.plan import PlannedWeight, layer_seed
 
 __all__ = ["METRICS", "POM", "ProductOfManifolds"]
 
-_FORMAT = 2  # of what a checkpoint holds
+_FORMAT = 3  # of what a checkpoint holds
 METRICS = ("start", "unit", "embedded")
 
 
@@ -91,11 +91,7 @@ class POM:
         self.num_groups = sets.num_groups
         self.upper = upper
         # Kernels are solved for one column after the other; of blocks that would be too slow.
-        self.inverse: Tensor | None = None  # rounded, and by how much that is too large
-        if upper is not None and cutting.kind == "filter":
-            exact = inverse_factor(wide(upper))
-            rounded = exact.to(upper)
-            self.inverse = torch.stack([rounded, (rounded.to(exact) - exact).to(upper)])
+        self.inverse = None if upper is None or cutting.kind == "kernel" else inverse_in_two_terms(upper)
         self.origins, self.sizes = dict(origins), dict(sizes)
         # Manifolds that occur, by their number in the index sets.
         self.manifolds = {
@@ -225,10 +221,7 @@ class POM:
         if metric == "embedded" and radius is not None:
             inverse_root = inverse_root / radius
         upper = None if self.upper is None else unpack_upper(self.upper, self.cutting, batch, part)
-        inverse = None
-        if self.inverse is not None:
-            rounded, excess = (x.view(*batch, *x.shape[1:])[part] for x in self.inverse)
-            inverse = rounded, excess
+        inverse = None if self.inverse is None else [x.view(*batch, *x.shape[1:])[part] for x in self.inverse]
         return Geometry(manifolds, inverse_root, radius, upper, inverse)
 
     @torch.no_grad()

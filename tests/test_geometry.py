@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_fgsgd.factors import factor, inverse_factor
+from lightning_fgsgd.factors import factor, inverse_factor, inverse_in_two_terms
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.manifolds.stiefel import _REACH, _SERIES, _SERIES_REACH, Stiefel
@@ -99,3 +99,12 @@ def test_a_factor_gives_the_gram_matrix_back_and_its_inverse_the_unit_point(kind
     alive = (upper.diagonal(dim1=1, dim2=2) > 0).double()
     torch.testing.assert_close(q.mT @ q, torch.diag_embed(alive), atol=1e-6, rtol=0)
     torch.testing.assert_close(q @ upper / size.sqrt(), omega / size.sqrt(), atol=1e-6, rtol=0)
+
+
+def test_an_inverse_in_two_terms_has_twice_the_precision():
+    torch.manual_seed(0)
+    upper = (torch.randn(20, 6, 6) / 3 + 2 * torch.eye(6)).triu()
+    exact = torch.linalg.inv(upper.double())
+    rounded, excess = inverse_in_two_terms(upper).double()
+    torch.testing.assert_close(rounded - excess, exact, atol=1e-13, rtol=0)
+    assert (rounded - exact).abs().max() > 1e-9
