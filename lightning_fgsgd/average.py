@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from lightning_fgsgd.pom import POM, working
@@ -14,30 +11,25 @@ __all__ = ["distance_to_average"]
 _AVERAGED_STEPS = 100  # how far back the average reaches
 
 
-def distance_to_average(pom: POM, weight: Tensor, state: dict[str, Any], metric: str) -> Tensor:
-    """ρ of every group, (G,): how far the weights are from the average in ``state``, which is moved along."""
+def distance_to_average(pom: POM, weight: Tensor, average: Tensor, steps: int, metric: str) -> Tensor:
+    """ρ² of every group, (G,): how far the weights are from their average over ``steps`` steps, which is moved along."""
     here = coordinates(pom, pom.cutting.cut(working(weight)))
-    steps = state["averaged"] = state.get("averaged", 0) + 1
-    if steps == 1:
-        average = here
-        state["average"] = torch.empty_like(working(weight)).copy_(pom.cutting.join(here))
-    else:
-        average = pull(pom, pom.cutting.cut(state["average"]), here, 1 / min(steps, _AVERAGED_STEPS))
-        state["average"].copy_(pom.cutting.join(average))
-    return group_distances(pom, here, average, metric)
+    mean = here if steps == 1 else pull(pom, pom.cutting.cut(average), here, 1 / min(steps, _AVERAGED_STEPS))
+    average.copy_(pom.cutting.join(mean))
+    return group_distances(pom, here, mean, metric)
 
 
 def group_distances(pom: POM, a: Tensor, b: Tensor, metric: str) -> Tensor:
-    """Distance ρ_g of every group between two points, (G,); see :func:`coordinates` for ``a`` and ``b``, (k, n, p).
+    """Squared distance ρ_g² of every group between two points, (G,); see :func:`coordinates` for ``a`` and ``b``, (k, n, p).
 
-    The root of the sum of the components' squared distances; on Stiefel the lower bound in closed form.
+    The sum of the components' squared distances; on Stiefel the lower bound in closed form.
     """
     squares, m = (a - b).square().sum((-2, -1)), pom.metric(metric)
     for i, manifold in pom.manifolds.items():
         if manifold.name != "euclidean":
             index = (pom.sets.manifold == i).nonzero()[:, 0]
             squares[index] = manifold.dist_bound(a[index], b[index]).square() * m[index]
-    return pom.group_sums(squares).sqrt()
+    return pom.group_sums(squares)
 
 
 def coordinates(pom: POM, omega: Tensor) -> Tensor:

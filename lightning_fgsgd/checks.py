@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_fgsgd.pom import METRICS
+from lightning_fgsgd.sharding import Shard, anywhere
 
 __all__ = ["LARGEST_GRADIENT", "gradients", "options", "stray_weights"]
 
@@ -42,14 +43,20 @@ def options(given: Mapping[str, Any]) -> None:
         raise ValueError(f"metric: unknown metric {given['metric']!r}; choose from {', '.join(map(repr, METRICS))}")
 
 
-def gradients(grads: Mapping[str, Tensor]) -> None:
-    """Refuse gradients of constrained weights that are not finite or too large: one look at all, one answer to the host."""
+def gradients(grads: Mapping[str, Tensor], shards: Sequence[Shard | None] = ()) -> None:
+    """Refuse gradients of constrained weights that are not finite or too large: one look at all, one answer to the host.
+
+    Of sharded weights, all processes refuse them together.
+    """
     # The norm of float16 values can overflow where none of them has.
     read = [g.float() if g.dtype == torch.float16 else g for g in grads.values()]
-    if not read or float(torch.nn.utils.get_total_norm(read)) <= LARGEST_GRADIENT:
+    bad_here = bool(read) and not float(torch.nn.utils.get_total_norm(read)) <= LARGEST_GRADIENT
+    if not (anywhere(bad_here, shards, read[0].device) if read and any(shards) else bad_here):
         return
     norms = {name: float(g.double().norm()) for name, g in grads.items()}
-    bad = {name: norm for name, norm in norms.items() if not norm <= LARGEST_GRADIENT} or norms
+    bad = {
+        name: norm for name, norm in norms.items() if not norm <= LARGEST_GRADIENT
+    } or norms  # all: in other processes
     some = ", ".join(f"{name} ({norm:.3g})" for name, norm in list(bad.items())[:3])
     raise FloatingPointError(
         f"FGSGD: the gradients of {len(bad)} of {len(norms)} constrained weights are not finite, or their norm exceeds "

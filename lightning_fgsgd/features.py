@@ -97,13 +97,13 @@ class FeatureReader:
     # What is seen ---------------------------------------------------------------------------------------------------
 
     def _show(self, weight: Tensor, features: Any, dim: int = -1) -> None:
-        channels = self._poms[weight].cutting.in_channels
+        channels = self._poms[weight].layer.in_channels
         if isinstance(features, Tensor) and features.ndim >= abs(dim) and features.shape[dim] == channels:
             self._update(weight, features.detach(), dim)
 
     def _axis(self, weight: Tensor) -> int:
         """The channel axis of a layer's input."""
-        return -1 - len(self._poms[weight].cutting.kernel)
+        return -1 - len(self._poms[weight].layer.kernel)
 
     def _before(self, weight: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._reading:
@@ -125,7 +125,7 @@ class FeatureReader:
             if kind == "ih" and int(layer) == 0:
                 self._show(weight, getattr(args[0], "data", args[0]))
             elif kind == "hh" and int(layer) == module.num_layers - 1 and isinstance(hidden, Tensor):
-                size, time = self._poms[weight].cutting.in_channels, 1 if module.batch_first and hidden.ndim == 3 else 0
+                size, time = self._poms[weight].layer.in_channels, 1 if module.batch_first and hidden.ndim == 3 else 0
                 own = hidden[..., size:] if reverse else hidden[..., :size]
                 own = own.flip(time) if reverse else own
                 first = torch.zeros_like(own.narrow(time, 0, 1)) if len(args) < 2 or args[1] is None else None

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from lightning_fgsgd import checks
+from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.plan import POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
+from lightning_fgsgd.sharding import add_up, anywhere, largest, local, opened, shard_of, split_like, whole_of
 from lightning_fgsgd.update import Update, compiles
 
 __all__ = ["FGSGD"]
@@ -143,13 +144,17 @@ class FGSGD(torch.optim.Optimizer):
                 if planned is None or p in self._poms:
                     continue
                 before = p.detach().clone() if planned.start != "preserve" else None
-                pom = self._poms[p] = POM.place(planned, p.detach())
+                weight = whole_of(p)
+                pom = POM.place(planned, weight)
                 if before is not None:
-                    self._unplaced[p] = (p._version, before)
-                self._versions[p] = p._version
+                    p.detach().copy_(split_like(weight, p))
+                    self._unplaced[p] = (_version(p), before)
+                self._versions[p] = _version(p)
                 buffer = self.state[p].get("momentum_buffer") if p in self.state else None
                 if buffer is not None:  # of plain SGD, whose weights are constrained only now
-                    self.state[p]["momentum_buffer"] = pom.riemannian(p.detach(), buffer, group["metric"])
+                    buffer = pom.riemannian(weight, whole_of(buffer), group["metric"])
+                    self.state[p]["momentum_buffer"] = split_like(buffer, p)
+                self._poms[p] = pom.part(shard_of(p, planned.cutting, planned.scheme))
                 if count := pom.zero_components():
                     zero[pom.name] = count
         if zero:
@@ -162,23 +167,37 @@ class FGSGD(torch.optim.Optimizer):
         return MappingProxyType(self._poms)
 
     def pom(self, param: Tensor) -> ProductOfManifolds | None:
-        """The products of manifolds of ``param``; ``None`` where it is not constrained."""
+        """The products of manifolds of ``param``; ``None`` where it is not constrained.
+
+        Of a sharded weight (a DTensor) the components that this process steps.
+        """
         pom = self._poms.get(param)
-        return None if pom is None else pom.look(param)
+        if pom is None:
+            return None
+        with opened(pom.shard, param) as (weight,):
+            return pom.look(weight)
 
     def distance(self, param: Tensor) -> float:
         """Largest relative violation of the constraints of ``param``; 0 where it is not constrained.
 
-        The maximum over its components of ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F.
+        The maximum over its components of ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F. Of a sharded weight over those of
+        all processes, each of which must ask.
         """
         pom = self._poms.get(param)
-        return 0.0 if pom is None else pom.distance(param.detach())
+        if pom is None:
+            return 0.0
+        with opened(pom.shard, param) as (weight,):
+            distance = pom.distance(weight)
+        if pom.shard is None or pom.shard.gathered:
+            return distance
+        return float(largest(torch.tensor(distance, device=param.device), pom.shard))
 
     def project(self, param: Tensor | None = None) -> None:
         """Bring ``param``, or all constrained weights, back to the nearest point of their manifolds."""
         for p in self._poms if param is None else [p for p in self._poms if p is param]:
-            self._poms[p].project(p.detach())
-            self._versions[p] = p._version
+            with opened(self._poms[p].shard, p, write=True) as (weight,):
+                self._poms[p].project(weight)
+            self._versions[p] = _version(p)
 
     def unplaced(self, param: Tensor) -> Tensor:
         """``param`` as it was before it was put onto its manifolds, until the first step; as it is otherwise."""
@@ -186,10 +205,10 @@ class FGSGD(torch.optim.Optimizer):
 
     def has_unplaced(self, param: Tensor) -> bool:
         """Whether ``param`` was moved when it was put onto its manifolds, and neither stepped nor changed since."""
-        return param in self._unplaced and self._unplaced[param][0] == param._version
+        return param in self._unplaced and self._unplaced[param][0] == _version(param)
 
     def rescale(self, param: Tensor, radius: Tensor) -> None:
-        """Set R of the components of ``param`` to ``radius`` (k,), and scale the weight along.
+        """Set R of the components of ``param``, as :meth:`pom` shows them, to ``radius`` (k,); the weight scales along.
 
         Raises:
             ValueError: ``param`` is not constrained, or ``radius`` is not k positive numbers.
@@ -199,10 +218,11 @@ class FGSGD(torch.optim.Optimizer):
             raise ValueError("param: it is not on a product of manifolds, so it has no radius to set")
         if radius.shape != pom.radius.shape or not bool(torch.isfinite(radius).all() and (radius > 0).all()):
             raise ValueError(f"radius: {pom.name} needs {pom.radius.numel()} positive numbers, got {radius}")
-        stray = self._versions.get(param) != param._version
-        pom.rescale(param.detach(), radius)
+        stray = self._versions.get(param) != _version(param)
+        with opened(pom.shard, param, write=True) as (weight,):
+            pom.rescale(weight, radius)
         if not stray:
-            self._versions[param] = param._version
+            self._versions[param] = _version(param)
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -223,10 +243,10 @@ class FGSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         updates = self._updates()
-        norms = self._norms(updates)  # looks for gradients that are not finite, before anything moves
+        sums = self._sums(updates)  # looks for gradients that are not finite, before anything moves
         self._unplaced.clear()
         left = []
-        for update, of_groups in zip(updates, norms, strict=True):
+        for update, of_groups in zip(updates, sums, strict=True):
             shares = update.shares(of_groups)
             if update.pom.constrains:
                 left.append((update, shares, update.move(shares)))
@@ -238,7 +258,7 @@ class FGSGD(torch.optim.Optimizer):
                 if not bool(moved.all()):
                     update.move_far(shares, moved)
         for update in updates:
-            self._versions[update.weight] = update.weight._version
+            self._versions[update.weight] = _version(update.weight)
         for group in self.param_groups:
             self._step_free([p for p in group["params"] if p.grad is not None and self._is_free(p, group)], group)
         return loss
@@ -258,7 +278,7 @@ class FGSGD(torch.optim.Optimizer):
         ]
         if not found:
             return []
-        sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+        sizes = [local(p).numel() for group in self.param_groups for p in group["params"]]
         # A step by torch's operations holds up to eighteen tensors of a chunk: together the largest weight, or 5 % of all.
         chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
         updates = []
@@ -267,23 +287,32 @@ class FGSGD(torch.optim.Optimizer):
             updates.append(Update(p, self._poms[p], group, self.state[p], compiled, chunk))
         return updates
 
-    def _norms(self, updates: list[Update]) -> list[Tensor | None]:
-        """R_g of the groups of each weight, None without 𝔤. Refuses weights and gradients that are not finite."""
-        grads = {update.pom.name: update.grad for update in updates}
-        without = {u.pom.name: u.grad for u in updates if u.group["rho"] is None}
-        checks.gradients(without)
+    def _sums(self, updates: list[Update]) -> list[Tensor | None]:
+        """R_g² of the groups of each weight, None without 𝔤. Refuses weights and gradients that are not finite."""
+        shards = [update.pom.shard for update in updates]
+        grads = {update.pom.name: local(update.grad) for update in updates}
+        without = {u.pom.name: grads[u.pom.name] for u in updates if u.group["rho"] is None}
+        checks.gradients(without, shards)
         self._check_weights()
-        norms = [None if u.group["rho"] is None else u.norms() for u in updates]
-        largest = [n.max().double() for n in norms if n is not None]
-        if largest and not float(torch.stack(largest).max()) <= checks.LARGEST_GRADIENT:
-            checks.gradients(grads)
-        return norms
+        sums = [None if u.group["rho"] is None else u.sums() for u in updates]
+        spread = {
+            i: (s, x) for i, (s, x) in enumerate(zip(shards, sums, strict=True)) if s and s.spread and x is not None
+        }
+        for i, found in add_up(spread).items():
+            sums[i] = found
+        most = [x.max().double() for x in sums if x is not None]
+        bad = bool(most) and not float(torch.stack(most).max()) <= checks.LARGEST_GRADIENT**2
+        if any(shards):
+            bad = anywhere(bad, shards, updates[0].grad.device)
+        if bad:
+            checks.gradients(grads, shards)
+        return sums
 
     def _check_weights(self) -> None:
         """Look at constrained weights that others have written to since the last step; bring stray ones back, and say so."""
-        written = [p for p in self._poms if p.grad is not None and self._versions.get(p) != p._version]
+        written = [p for p in self._poms if p.grad is not None and self._versions.get(p) != _version(p)]
         stray = checks.stray_weights({p: (self._poms[p].name, self.distance(p)) for p in written})
-        self._versions |= {p: p._version for p in written}
+        self._versions |= {p: _version(p) for p in written}
         for p in stray:
             self.project(p)
 
@@ -305,11 +334,14 @@ class FGSGD(torch.optim.Optimizer):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of ``torch.optim.SGD``, and in each parameter group a list ``"pom"`` beside its ``"params"``."""
+        """The state of ``torch.optim.SGD``, and in each parameter group a list ``"pom"`` beside its ``"params"``.
+
+        With sharded weights it is called by all processes. The momentum then is a DTensor, as with ``torch.optim.SGD``; what
+        is in ``"pom"`` belongs to the whole weights.
+        """
         state = super().state_dict()
         for packed, group in zip(state["param_groups"], self.param_groups, strict=True):
-            poms = [self._poms.get(p) for p in group["params"]]
-            packed["pom"] = [pom and pom.state_dict() for pom in poms]
+            packed["pom"] = checkpoint.save([self._poms.get(p) for p in group["params"]])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,7 +381,7 @@ class FGSGD(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": saved})
         self._restore_precision(state_dict)
         for p, (version, before) in self._unplaced.items():
-            if p._version == version:
+            if _version(p) == version:
                 p.detach().copy_(before)
         self._unplaced.clear()
         self._versions.clear()
@@ -368,6 +400,8 @@ class FGSGD(torch.optim.Optimizer):
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
                         self.state[p][key] = value.to(p.device, copy=True)
+                if isinstance(buffer := self.state[p].get("momentum_buffer"), Tensor) and buffer.shape == p.shape:
+                    self.state[p]["momentum_buffer"] = split_like(buffer, p)
 
     def _matched(self, p: Tensor, mine: POM | None, state: dict[str, Any]) -> POM:
         if mine is None:
@@ -375,7 +409,8 @@ class FGSGD(torch.optim.Optimizer):
                 f"state_dict: {state['name']} was constrained when it was saved but is not here; "
                 "make the optimizer with pom_param_groups and the same settings"
             )
-        here = (mine.cutting.kind, mine.cutting.n, mine.cutting.p, mine.cutting.count)
+        layer = mine.layer
+        here = (layer.kind, layer.n, layer.p, layer.count)
         there = (state["cutting"], state["n"], state["p"], state["manifold"].numel())
         if here != there:
             raise ValueError(
@@ -383,7 +418,12 @@ class FGSGD(torch.optim.Optimizer):
                 f"here into {here[3]} {here[0]} components of {here[1]} x {here[2]}; "
                 "use the cutting and block_size with which it was saved"
             )
-        return POM.from_state_dict(state, mine.cutting, p.detach())
+        return checkpoint.load(state, layer, local(p)).part(mine.shard)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}, "_versions": {}}
+
+
+def _version(p: Tensor) -> int:
+    """How often a tensor, or what this process holds of it, was written to."""
+    return local(p)._version

@@ -16,6 +16,7 @@ from lightning_fgsgd.grouping import SCHEMES, IndexSets, draw_index_sets, pool_s
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.reasons import normalizes_weight, why_euclidean
 from lightning_fgsgd.selection import Selector, head_parameters, layer_decay_factors
+from lightning_fgsgd.sharding import whole_of
 
 __all__ = ["STARTS", "POMPlan", "PlannedWeight", "draw_plan", "pom_param_groups"]
 
@@ -222,6 +223,11 @@ _DEFAULTS: dict[str, Any] = {
 def _parameters(model: nn.Module) -> tuple[dict[Tensor, str], dict[Tensor, list[nn.Module]]]:
     """The name of every parameter, once where it is tied, and all the modules that hold it."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            "model: FullyShardedDataParallel flattens the weights, so there are no layers' weights to constrain; shard with "
+            "torch.distributed.fsdp.fully_shard (FSDP2), in Lightning with ModelParallelStrategy"
+        )
     lazy = [name for p, name in names.items() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(f"model: {lazy[0]} has no shape yet (a lazy module); run one batch through the model first")
@@ -247,7 +253,7 @@ def _unfit(weight: Tensor, name: str, cut: Cutting, start: str, model: nn.Module
         return "components of a single number"
     if _is_adapter(name, model):
         return "adapter"
-    if start == "preserve" and not weight.is_meta and not bool(weight.any()):
+    if start == "preserve" and not weight.is_meta and not bool(whole_of(weight).any()):
         return "zero at the start, so there is nothing to preserve"
     return ""
 

@@ -6,6 +6,7 @@ A component is ω = R · q · S, with q on a unit manifold. All geometry happens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.factors import factor_of, inverse_in_two_terms, pack_upper, unpack_upper
 from lightning_fgsgd.geometry import Geometry
-from lightning_fgsgd.grouping import IndexSets, pack, unpack
+from lightning_fgsgd.grouping import IndexSets
 from lightning_fgsgd.manifolds import Manifold, get_manifold, wide
 from lightning_fgsgd.matrices import expand
 from lightning_fgsgd.plan import PlannedWeight, layer_seed
+from lightning_fgsgd.sharding import Shard, largest
 
 __all__ = ["METRICS", "POM", "ProductOfManifolds"]
 
-_FORMAT = 3  # of what a checkpoint holds
 METRICS = ("start", "unit", "embedded")
 
 
@@ -71,6 +72,11 @@ class POM:
         radius: R of each component, (k,).
         origins: mean square of the scale at which the weights of each manifold stood before they were placed, by name.
         sizes: mean square of S for each manifold, by name.
+        shard: where this is the part of a sharded weight; the rest is said of that part then.
+        layer: how the whole weight is cut; ``cutting`` itself by default.
+
+    Attributes:
+        constrains: whether a component lives on another manifold than the Euclidean one; of a sharded weight, anywhere.
     """
 
     def __init__(
@@ -83,9 +89,13 @@ class POM:
         radius: Tensor,
         origins: Mapping[str, float],
         sizes: Mapping[str, float],
+        shard: Shard | None = None,
+        layer: Cutting | None = None,
     ) -> None:
         self.name = name
         self.cutting = cutting
+        self.shard = shard
+        self.layer = layer or cutting
         self.start = start
         self.sets = sets.to(radius.device)
         self.num_groups = sets.num_groups
@@ -97,6 +107,7 @@ class POM:
         self.manifolds = {
             i: get_manifold(name) for i, name in enumerate(sets.manifold_names) if bool((sets.manifold == i).any())
         }
+        self.constrains = any(m.name != "euclidean" for m in self.manifolds.values())
         self.layouts: dict[Any, Any] = {}  # of compiled code, made when it is first run
         self.set_radius(radius)
 
@@ -143,12 +154,21 @@ class POM:
         radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
         return cls(planned.name, cutting, sets, planned.start, upper, radius, origins, sizes)
 
-    # What a step needs ----------------------------------------------------------------------------------------------
+    def part(self, shard: Shard | None) -> POM:
+        """The part of it that this process steps; all of it where the weight is not sharded."""
+        if shard is None:
+            return self
+        mine, sets = shard.components, self.sets
+        upper = self.upper
+        if upper is not None:
+            upper = (upper[:, mine] if self.cutting.small else upper[mine]).clone()
+        sets = replace(sets, manifold=sets.manifold[mine].clone(), slot=sets.slot[mine].clone(), cutting=shard.cutting)
+        radius, told = self.radius[mine].clone(), (self.origins, self.sizes)
+        part = POM(self.name, shard.cutting, sets, self.start, upper, radius, *told, shard, self.cutting)
+        part.constrains = self.constrains
+        return part
 
-    @property
-    def constrains(self) -> bool:
-        """Whether a component lives on another manifold than the Euclidean one."""
-        return any(m.name != "euclidean" for m in self.manifolds.values())
+    # What a step needs ----------------------------------------------------------------------------------------------
 
     @property
     def radius(self) -> Tensor:
@@ -157,6 +177,11 @@ class POM:
         if len(radius) != self.cutting.count:
             radius = radius[self.cutting.reads().to(radius.device)]
         return torch.where(self.on("euclidean"), 1.0, radius)
+
+    def reads(self) -> Tensor:
+        """Number of the features that each component reads among those of the layer, (k,)."""
+        reads = self.layer.reads()
+        return (reads if self.shard is None else reads[self.shard.components]).to(self.sets.slot.device)
 
     def set_radius(self, radius: Tensor) -> None:
         """Keep R of each component (k,): once for all that read the same features, where it is the same for them."""
@@ -198,7 +223,8 @@ class POM:
             bounds = [get_manifold(name).curvature[1] for name in self.sets.manifold_names]
             of_component = self.radius.new_tensor(bounds)[self.sets.manifold.long()] / self.metric(metric)
             c = of_component.new_zeros(self.num_groups)
-            self._curvatures[metric] = c.scatter_reduce_(0, self.sets.group.long(), of_component, "amax")
+            c.scatter_reduce_(0, self.sets.group.long(), of_component, "amax")
+            self._curvatures[metric] = largest(c, self.shard) if self.shard and self.shard.spread else c
         return self._curvatures[metric]
 
     def geometry(self, metric: str, batch: tuple[int, ...], part: slice | Tensor = slice(None)) -> Geometry:
@@ -232,13 +258,12 @@ class POM:
         g = geometry.tangent(geometry.unit(omega), geometry.pull(self.cutting.cut(working(grad))))
         return torch.empty_like(working(weight)).copy_(self.cutting.join(g * geometry.inverse_root_metric))
 
-    def group_norms(self, squares: Tensor) -> Tensor:
-        """R_g of every group, (G,), from the components' squared norms (k,): the root of their sum (Theorem 1)."""
-        return self.group_sums(squares).sqrt()
-
     def group_sums(self, x: Tensor) -> Tensor:
-        """Sums of ``x`` (k,) over the groups, (G,), in double precision: a group may have a hundred thousand components."""
-        return wide(x).new_zeros(self.num_groups).index_add_(0, self.sets.group, wide(x)).to(x)
+        """Sums of ``x`` (k,) over the groups, (G,), in double precision: a group may have a hundred thousand components.
+
+        Of a sharded weight over its components in this process.
+        """
+        return wide(x).new_zeros(self.num_groups).index_add_(0, self.sets.group, wide(x))
 
     # Unit points by manifold: for looking at a weight, and for what is done now and then --------------------------------
 
@@ -348,44 +373,6 @@ class POM:
         entries = self.upper.T if self.cutting.small else self.upper.flatten(1)
         return int((entries == 0).all(1).sum())
 
-    # Checkpoints ----------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, strings and numbers, so that ``torch.load(..., weights_only=True)`` reads them."""
-        return {
-            "format": _FORMAT,
-            "name": self.name,
-            "cutting": self.cutting.kind,
-            "n": self.cutting.n,
-            "p": self.cutting.p,
-            "start": self.start,
-            **pack(self.sets),
-            "radius": self._radius,
-            "upper": self.upper,
-            "origins": self.origins,
-            "sizes": self.sizes,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
-        """The POM of ``weight`` that :meth:`state_dict` described, on the weight's device.
-
-        Raises:
-            ValueError: another version of this package wrote it, in another format.
-        """
-        if state.get("format") != _FORMAT:
-            raise ValueError(
-                f"state_dict: the products of manifolds of {state['name']} are in format {state.get('format', 1)}, and this "
-                f"version reads format {_FORMAT}; load the model's weights only, and start a new optimizer from them"
-            )
-        like = working(weight)
-        upper = None if state["upper"] is None else state["upper"].to(like, copy=True)
-        radius = state["radius"].to(like)
-        if len(radius) != cutting.count:
-            radius = radius[cutting.reads().to(radius.device)]
-        sets = unpack(state, cutting)
-        return cls(state["name"], cutting, sets, state["start"], upper, radius, state["origins"], state["sizes"])
-
     def __repr__(self) -> str:
         cutting = self.cutting
         return (
@@ -395,5 +382,10 @@ class POM:
 
 
 def working(weight: Tensor) -> Tensor:
-    """``weight`` in the precision of the geometry: float32 for half precision, its own otherwise."""
-    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    """``weight`` in the precision of the geometry."""
+    return weight.to(working_dtype(weight))
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """The precision of the geometry: float32 for half precision, the weight's own otherwise."""
+    return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype

@@ -13,7 +13,8 @@ from torch.optim.sgd import sgd
 
 from lightning_fgsgd import eager, fused
 from lightning_fgsgd.average import distance_to_average
-from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.pom import POM, working_dtype
+from lightning_fgsgd.sharding import add_up, opened
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
@@ -67,9 +68,7 @@ class Update:
     def __post_init__(self) -> None:
         assert self.weight.grad is not None
         self.grad = self.weight.grad
-        self.buffer = self.state.get("momentum_buffer") if self.group["momentum"] != 0 else None
-        self._first = self.buffer is None
-        self._fused = self.compiled and fused.suits(self.pom, self.weight, self.grad, self.buffer)
+        self._first = self.group["momentum"] != 0 and "momentum_buffer" not in self.state
 
     @property
     def _options(self) -> Options:
@@ -77,61 +76,73 @@ class Update:
         fresh = 1.0 if self._first else 1.0 - group["dampening"]
         return Options(-1.0 if group["maximize"] else 1.0, group["weight_decay"], group["lr"], group["momentum"], fresh)
 
-    def norms(self) -> Tensor:
-        """R_g of every group, (G,) (Theorem 1)."""
-        metric = self.group["metric"]
-        if self._fused:
-            return (
-                fused.group_squares(self.pom, self.weight, self.grad, metric, self._options)
-                .sqrt()
-                .to(self.weight.dtype)
-            )
-        found = eager.squares(self.pom, self.weight, self.grad, metric, self._options, self.chunk)
-        return self.pom.group_norms(found)
+    def _suits(self, *tensors: Any) -> bool:
+        return self.compiled and fused.suits(self.pom, *tensors)
 
-    def shares(self, norms: Tensor | None) -> Tensor:
-        """1/𝔤 of every group, (G,) (Eq. 5); 1 without norms."""
-        if norms is None:
-            return working(self.weight).new_ones(self.pom.num_groups)
+    def sums(self) -> Tensor:
+        """Sums of ‖gradL(ω)‖² over the components of every group in this process, (G,): R_g² of Theorem 1."""
+        with opened(self.pom.shard, self.weight, self.grad) as (weight, grad):
+            args = self.pom, weight, grad, self.group["metric"], self._options
+            if self._suits(weight, grad):
+                return fused.group_squares(*args)
+            return self.pom.group_sums(eager.squares(*args, self.chunk))
+
+    def shares(self, sums: Tensor | None) -> Tensor:
+        """1/𝔤 of every group, (G,) (Eq. 5), given R_g²; 1 without."""
+        dtype = working_dtype(self.weight)
+        if sums is None:
+            return torch.ones(self.pom.num_groups, dtype=dtype, device=self.weight.device)
         rho, metric = self.group["rho"], self.group["metric"]
         if rho == "average":
-            rho = distance_to_average(self.pom, self.weight, self.state, metric)
-        return 1 / step_normalizer(norms, rho, self.pom.curvatures(metric))
+            rho = self._distance_to_average().to(dtype)
+        return 1 / step_normalizer(sums.sqrt().to(dtype), rho, self.pom.curvatures(metric))
+
+    def _distance_to_average(self) -> Tensor:
+        pom = self.pom
+        if "average" not in self.state:
+            self.state["average"] = torch.zeros_like(self.weight, dtype=working_dtype(self.weight))
+        steps = self.state["averaged"] = self.state.get("averaged", 0) + 1
+        with opened(pom.shard, self.weight, self.state["average"], write=True) as (weight, average):
+            squares = distance_to_average(pom, weight, average, steps, self.group["metric"])
+        if pom.shard is not None and pom.shard.spread:
+            squares = add_up({0: (pom.shard, squares)})[0]
+        return squares.sqrt()
 
     def move(self, shares: Tensor) -> Tensor:
         """Move the weight and its momentum; which components were moved, bool (k,)."""
-        if self.group["momentum"] != 0:
-            self._prepare_buffer()
-        args = self.pom, self.weight, self.grad, self.buffer, shares, self.group["metric"], self._options
-        if self._fused:
-            return fused.advance(*args, self.group["nesterov"])
-        return eager.advance(*args, self.group["nesterov"], self.chunk)
+        with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
+            args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
+            return fused.advance(*args) if self._suits(weight, grad, buffer) else eager.advance(*args, self.chunk)
 
     def move_far(self, shares: Tensor, moved: Tensor) -> None:
         """Move the components that :meth:`move` left, for their steps are longer than its retraction is made for."""
-        args = self.pom, self.weight, self.grad, self.buffer, shares, self.group["metric"], self._options
-        eager.advance_far(*args, self.group["nesterov"], (~moved).nonzero()[:, 0])
+        with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
+            args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
+            eager.advance_far(*args, (~moved).nonzero()[:, 0])
 
     def move_freely(self, shares: Tensor) -> None:
         """Move a weight with Euclidean components only: torch's own SGD, on the gradient times ``shares``."""
-        grad, group, cutting = self.grad, self.group, self.pom.cutting
-        grad = -grad if group["maximize"] else grad
-        grad = grad.add(self.weight, alpha=group["weight_decay"]) if group["weight_decay"] else grad
+        group, cutting = self.group, self.pom.cutting
         factors = shares[self.pom.sets.group.long()][:, None, None].expand(-1, cutting.n, cutting.p)
-        grad = torch.empty_like(self.weight).copy_(grad * cutting.join(factors))
-        buffers = [self.buffer] if group["momentum"] != 0 else []
         options = {key: group[key] for key in ("momentum", "lr", "dampening", "nesterov", "foreach")}
-        sgd([self.weight], [grad], buffers, weight_decay=0.0, maximize=False, fused=False, **options)
-        if buffers:
-            self.state["momentum_buffer"] = buffers[0]
+        with opened(self.pom.shard, self.weight, self.grad, self._buffer(self.weight.dtype), write=True) as tensors:
+            weight, grad, buffer = tensors
+            grad = -grad if group["maximize"] else grad
+            grad = grad.add(weight, alpha=group["weight_decay"]) if group["weight_decay"] else grad
+            grad = torch.empty_like(weight).copy_(grad * cutting.join(factors))
+            buffers = [None if self._first else buffer] if buffer is not None else []
+            sgd([weight], [grad], buffers, weight_decay=0.0, maximize=False, fused=False, **options)
+            if buffer is not None and self._first:
+                buffer.copy_(buffers[0])
 
-    def _prepare_buffer(self) -> None:
-        """A buffer in the precision of the geometry, laid out as the weight."""
-        like = self.weight
-        if self.buffer is None:
-            dtype = working(like[:0]).dtype
-            self.buffer = self.state["momentum_buffer"] = torch.zeros_like(like, dtype=dtype)
-        elif self.buffer.stride() != like.stride():
-            self.buffer = self.state["momentum_buffer"] = torch.empty_like(like, dtype=self.buffer.dtype).copy_(
-                self.buffer
-            )
+    def _buffer(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The momentum, laid out as the weight; in the precision of the geometry by default."""
+        if self.group["momentum"] == 0:
+            return None
+        like, buffer = self.weight, self.state.get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(like, dtype=dtype or working_dtype(like))
+        elif buffer.stride() != like.stride():
+            buffer = torch.empty_like(like, dtype=buffer.dtype).copy_(buffer)
+        self.state["momentum_buffer"] = buffer
+        return buffer

@@ -12,11 +12,13 @@ from torch import Tensor
 from lightning_fgsgd import scaling
 from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_fgsgd.bounds import CHECKS, LayerNorms, layer_norms, table1
+from lightning_fgsgd.checkpoint import whole
 from lightning_fgsgd.components import cutting_of
 from lightning_fgsgd.norms import Norms, group_norms
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.pom import POM, working
 from lightning_fgsgd.reasons import normalizes_weight
+from lightning_fgsgd.sharding import whole_of
 
 __all__ = ["NormBoundMonitor"]
 
@@ -90,7 +92,7 @@ class NormBoundMonitor(Callback):
         if self.start:
             return
         groups = [
-            group_norms(pom.cutting.cut(working(optimizer.unplaced(p))), pom.sets.group.long())
+            group_norms(pom.cutting.cut(working(whole_of(optimizer.unplaced(p)))), pom.sets.group.long())
             for optimizer, p, pom in _constrained(trainer)
         ]
         self.start = self._bounds(trainer, pl_module, groups)
@@ -114,7 +116,7 @@ class NormBoundMonitor(Callback):
             return
         self._looked = trainer.global_step
         self.latest = {
-            pom.name.removesuffix(".weight"): layer_norms(pom, p, scaling.gamma(pom.cutting)).cpu()
+            pom.name.removesuffix(".weight"): layer_norms(pom, whole_of(p), scaling.gamma(pom.cutting)).cpu()
             for _, p, pom in _constrained(trainer)
         }
         layers = {name: norms.largest() | norms.checks() for name, norms in self.latest.items()}
@@ -132,7 +134,7 @@ class NormBoundMonitor(Callback):
     def _bounds(self, trainer: Trainer, pl_module: LightningModule, constrained: list[Norms]) -> dict[str, float]:
         """Table 1 for the whole network, by name, given the norms of the groups of its constrained layers."""
         layers, width = list(constrained), 1
-        seen = {p for _, p, _ in _constrained(trainer)}
+        seen = {p for optimizer in trainer.optimizers if isinstance(optimizer, FGSGD) for p in optimizer.poms}
         for module in pl_module.modules():
             cutting = cutting_of(module, "filter")
             if cutting is None or normalizes_weight(module):
@@ -141,7 +143,7 @@ class NormBoundMonitor(Callback):
             weight: Any = module.weight
             if weight not in seen:
                 seen.add(weight)
-                components = cutting.cut(working(weight.detach()))
+                components = cutting.cut(working(whole_of(weight)))
                 one_group = torch.zeros(len(components), dtype=torch.long, device=components.device)
                 layers.append(group_norms(components, one_group))
         on_the_cpu = [Norms(*(x.cpu().double() for x in norms)) for norms in layers]
@@ -177,10 +179,11 @@ class NormBoundMonitor(Callback):
 
 
 def _constrained(trainer: Trainer) -> Iterator[tuple[FGSGD, Tensor, POM]]:
+    """The constrained weights, each with its products of manifolds: those of all of it, where it is sharded."""
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, FGSGD):
             for p, pom in optimizer.poms.items():
-                yield optimizer, p, pom
+                yield optimizer, p, whole([pom])[0] or pom
 
 
 def _training_samples(trainer: Trainer) -> int:

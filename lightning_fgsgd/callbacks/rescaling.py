@@ -49,7 +49,8 @@ class FeatureStdRescaling(Callback):
 
     Attributes:
         history: for each epoch a dict with ``"epoch"`` and ``"layers"``, which maps a layer's name to the mean λ (``"std"``)
-            and the mean, smallest and largest R (``"radius"``, ``"radius_min"``, ``"radius_max"``) of that epoch.
+            and the mean, smallest and largest R (``"radius"``, ``"radius_min"``, ``"radius_max"``) of that epoch; R is
+            that of this process's part, where a weight is sharded.
 
     Raises:
         ValueError: a wrong argument.
@@ -178,8 +179,8 @@ class FeatureStdRescaling(Callback):
             name = _layer(pom)
             if name in self._metrics:
                 continue
-            pools = pom.cutting.conv_groups if pom.cutting.kind == "filter" else None
-            metric = self._metrics[name] = FeatureStd(pom.cutting.in_channels, pools)
+            pools = pom.layer.conv_groups if pom.layer.kind == "filter" else None
+            metric = self._metrics[name] = FeatureStd(pom.layer.in_channels, pools)
             if param.device.type == "mps":
                 metric.set_dtype(torch.float32)  # no float64 there
             metric.to(param.device)
@@ -191,7 +192,7 @@ class FeatureStdRescaling(Callback):
             self._metrics[_layer(poms[weight])].update(features, dim=dim)
 
         def output(weight: Tensor, features: Tensor) -> None:
-            spatial = len(poms[weight].cutting.kernel)
+            spatial = len(poms[weight].layer.kernel)
             pixels = features.shape[-spatial:].numel() if spatial else features.shape[1:-1].numel()
             self._feature_map[_layer(poms[weight])] = pixels
 
@@ -225,13 +226,13 @@ class FeatureStdRescaling(Callback):
                 std = self._last.pop(name, None)
                 if std is None or not param.requires_grad:  # frozen weights stay as they are
                     continue
-                reads = pom.cutting.reads().to(pom.radius.device)
+                reads = pom.reads()
                 std = std.to(pom.radius)[reads]
                 if pom.start == "preserve":
                     first = self._first[name].to(std)[reads]
                     new = scaling.preserved_radius(first, std, pom.radius, self.limit)
                 else:
-                    size = scaling.gamma(pom.cutting, self.gamma, self._feature_map.get(name))
+                    size = scaling.gamma(pom.layer, self.gamma, self._feature_map.get(name))
                     new = scaling.radius(size, std, self.clamp)
                     clamped += int(self.clamp and bool((std < 1).any()))
                 optimizer.rescale(param, torch.where(torch.isfinite(new) & (new > 0), new, pom.radius))

@@ -1,0 +1,83 @@
+"""What a checkpoint holds of the products of manifolds of a weight, and how it is read again.
+
+Plain tensors, strings and numbers, so that ``torch.load(..., weights_only=True)`` reads them. Of a sharded weight it is what
+one process alone would hold, so that a fit can go on with any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fgsgd.components import Cutting
+from lightning_fgsgd.grouping import pack, unpack
+from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.sharding import collect
+
+__all__ = ["load", "save", "whole"]
+
+_FORMAT = 3
+
+
+def save(poms: Sequence[POM | None]) -> list[dict[str, Any] | None]:
+    """The states of the products of manifolds of some weights; None stays None. Called by all processes."""
+    return [None if pom is None else _state(pom) for pom in whole(poms)]
+
+
+def _state(pom: POM) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "name": pom.name,
+        "cutting": pom.cutting.kind,
+        "n": pom.cutting.n,
+        "p": pom.cutting.p,
+        "start": pom.start,
+        **pack(pom.sets),
+        "radius": pom._radius,
+        "upper": pom.upper,
+        "origins": pom.origins,
+        "sizes": pom.sizes,
+    }
+
+
+def load(state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
+    """The POM that :func:`save` described, with its tensors where and in the precision in which ``weight`` works.
+
+    Raises:
+        ValueError: another version of this package wrote it, in another format.
+    """
+    if state.get("format") != _FORMAT:
+        raise ValueError(
+            f"state_dict: the products of manifolds of {state['name']} are in format {state.get('format', 1)}, and this "
+            f"version reads format {_FORMAT}; load the model's weights only, and start a new optimizer from them"
+        )
+    like = working(weight)
+    upper = None if state["upper"] is None else state["upper"].to(like, copy=True)
+    radius = state["radius"].to(like)
+    if len(radius) != cutting.count:
+        radius = radius[cutting.reads().to(radius.device)]
+    sets = unpack(state, cutting)
+    return POM(state["name"], cutting, sets, state["start"], upper, radius, state["origins"], state["sizes"])
+
+
+def whole(poms: Sequence[POM | None]) -> list[POM | None]:
+    """The products of manifolds of whole weights, where these hold a part of them. Called by all processes."""
+    parts = {
+        i: (pom.shard, (pom.sets.manifold, pom.sets.slot, pom.radius, pom.upper))
+        for i, pom in enumerate(poms)
+        if pom is not None and pom.shard is not None and not pom.shard.gathered
+    }
+    found = list(poms)
+    for i, tensors in collect(parts).items():
+        pom = poms[i]
+        assert pom is not None
+        manifold, slot, radius, upper = zip(*tensors, strict=True)
+        sets = replace(pom.sets, manifold=torch.cat(manifold), slot=torch.cat(slot), cutting=pom.layer)
+        joined = None if pom.upper is None else torch.cat(upper, -1 if pom.cutting.small else 0).to(pom.upper)
+        scales = (pom.origins, pom.sizes)
+        found[i] = POM(pom.name, pom.layer, sets, pom.start, joined, torch.cat(radius).to(pom.radius), *scales)
+    return found
