@@ -51,7 +51,9 @@ def gradients(grads: Mapping[str, Tensor], shards: Sequence[Shard | None] = ()) 
     # The norm of float16 values can overflow where none of them has.
     read = [g.float() if g.dtype == torch.float16 else g for g in grads.values()]
     bad_here = bool(read) and not float(torch.nn.utils.get_total_norm(read)) <= LARGEST_GRADIENT
-    if not (anywhere(bad_here, shards, read[0].device) if read and any(shards) else bad_here):
+    if read and any(shards):
+        bad_here = any(anywhere([bad_here] * len(shards), shards, read[0].device))
+    if not bad_here:
         return
     norms = {name: float(g.double().norm()) for name, g in grads.items()}
     bad = {

@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.plan import POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
-from lightning_fgsgd.sharding import add_up, anywhere, largest, local, opened, shard_of, split_like, whole_of
+from lightning_fgsgd.sharding import add_up, anywhere, largest, local, opened, shard_of, split_like, version, whole_of
 from lightning_fgsgd.update import Update, compiles
 
 __all__ = ["FGSGD"]
@@ -148,8 +148,8 @@ class FGSGD(torch.optim.Optimizer):
                 pom = POM.place(planned, weight)
                 if before is not None:
                     p.detach().copy_(split_like(weight, p))
-                    self._unplaced[p] = (_version(p), before)
-                self._versions[p] = _version(p)
+                    self._unplaced[p] = (version(p), before)
+                self._versions[p] = version(p)
                 buffer = self.state[p].get("momentum_buffer") if p in self.state else None
                 if buffer is not None:  # of plain SGD, whose weights are constrained only now
                     buffer = pom.riemannian(weight, whole_of(buffer), group["metric"])
@@ -197,7 +197,7 @@ class FGSGD(torch.optim.Optimizer):
         for p in self._poms if param is None else [p for p in self._poms if p is param]:
             with opened(self._poms[p].shard, p, write=True) as (weight,):
                 self._poms[p].project(weight)
-            self._versions[p] = _version(p)
+            self._versions[p] = version(p)
 
     def unplaced(self, param: Tensor) -> Tensor:
         """``param`` as it was before it was put onto its manifolds, until the first step; as it is otherwise."""
@@ -205,7 +205,7 @@ class FGSGD(torch.optim.Optimizer):
 
     def has_unplaced(self, param: Tensor) -> bool:
         """Whether ``param`` was moved when it was put onto its manifolds, and neither stepped nor changed since."""
-        return param in self._unplaced and self._unplaced[param][0] == _version(param)
+        return param in self._unplaced and self._unplaced[param][0] == version(param)
 
     def rescale(self, param: Tensor, radius: Tensor) -> None:
         """Set R of the components of ``param``, as :meth:`pom` shows them, to ``radius`` (k,); the weight scales along.
@@ -218,11 +218,11 @@ class FGSGD(torch.optim.Optimizer):
             raise ValueError("param: it is not on a product of manifolds, so it has no radius to set")
         if radius.shape != pom.radius.shape or not bool(torch.isfinite(radius).all() and (radius > 0).all()):
             raise ValueError(f"radius: {pom.name} needs {pom.radius.numel()} positive numbers, got {radius}")
-        stray = self._versions.get(param) != _version(param)
+        stray = self._versions.get(param) != version(param)
         with opened(pom.shard, param, write=True) as (weight,):
             pom.rescale(weight, radius)
         if not stray:
-            self._versions[param] = _version(param)
+            self._versions[param] = version(param)
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -243,6 +243,7 @@ class FGSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         updates = self._updates()
+        self._check(updates)
         sums = self._sums(updates)  # looks for gradients that are not finite, before anything moves
         self._unplaced.clear()
         left = []
@@ -258,7 +259,8 @@ class FGSGD(torch.optim.Optimizer):
                 if not bool(moved.all()):
                     update.move_far(shares, moved)
         for update in updates:
-            self._versions[update.weight] = _version(update.weight)
+            if update.group["lr"] != 0:
+                self._versions[update.weight] = version(update.weight)
         for group in self.param_groups:
             self._step_free([p for p in group["params"] if p.grad is not None and self._is_free(p, group)], group)
         return loss
@@ -288,12 +290,8 @@ class FGSGD(torch.optim.Optimizer):
         return updates
 
     def _sums(self, updates: list[Update]) -> list[Tensor | None]:
-        """R_g² of the groups of each weight, None without 𝔤. Refuses weights and gradients that are not finite."""
+        """R_g² of the groups of each weight, None without 𝔤. Refuses gradients that are not finite."""
         shards = [update.pom.shard for update in updates]
-        grads = {update.pom.name: local(update.grad) for update in updates}
-        without = {u.pom.name: grads[u.pom.name] for u in updates if u.group["rho"] is None}
-        checks.gradients(without, shards)
-        self._check_weights()
         sums = [None if u.group["rho"] is None else u.sums() for u in updates]
         spread = {
             i: (s, x) for i, (s, x) in enumerate(zip(shards, sums, strict=True)) if s and s.spread and x is not None
@@ -303,16 +301,26 @@ class FGSGD(torch.optim.Optimizer):
         most = [x.max().double() for x in sums if x is not None]
         bad = bool(most) and not float(torch.stack(most).max()) <= checks.LARGEST_GRADIENT**2
         if any(shards):
-            bad = anywhere(bad, shards, updates[0].grad.device)
+            bad = any(anywhere([bad] * len(shards), shards, updates[0].grad.device))
         if bad:
-            checks.gradients(grads, shards)
+            checks.gradients({update.pom.name: local(update.grad) for update in updates}, shards)
         return sums
 
-    def _check_weights(self) -> None:
-        """Look at constrained weights that others have written to since the last step; bring stray ones back, and say so."""
-        written = [p for p in self._poms if p.grad is not None and self._versions.get(p) != _version(p)]
-        stray = checks.stray_weights({p: (self._poms[p].name, self.distance(p)) for p in written})
-        self._versions |= {p: _version(p) for p in written}
+    def _check(self, updates: list[Update]) -> None:
+        """Refuse gradients that are not finite where 𝔤 will not notice, and look at the weights that others have written to.
+
+        Stray weights are brought back, but not at a learning rate of 0, for nothing may move then: torch's distributed
+        checkpoints take such a step, on weights that are loaded already, before they load the optimizer's state.
+        """
+        without = [u for u in updates if u.group["rho"] is None]
+        checks.gradients({u.pom.name: local(u.grad) for u in without}, [u.pom.shard for u in without])
+        changed = [self._versions.get(u.weight) != version(u.weight) for u in updates]
+        shards = [u.pom.shard for u in updates]
+        if any(shards):
+            changed = anywhere(changed, shards, updates[0].grad.device)
+        written = [u for u, others_wrote in zip(updates, changed, strict=True) if others_wrote and u.group["lr"] != 0]
+        stray = checks.stray_weights({u.weight: (u.pom.name, self.distance(u.weight)) for u in written})
+        self._versions |= {u.weight: version(u.weight) for u in written}
         for p in stray:
             self.project(p)
 
@@ -380,8 +388,8 @@ class FGSGD(torch.optim.Optimizer):
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
         super().load_state_dict({**state_dict, "param_groups": saved})
         self._restore_precision(state_dict)
-        for p, (version, before) in self._unplaced.items():
-            if _version(p) == version:
+        for p, (then, before) in self._unplaced.items():
+            if version(p) == then:
                 p.detach().copy_(before)
         self._unplaced.clear()
         self._versions.clear()
@@ -422,8 +430,3 @@ class FGSGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}, "_versions": {}}
-
-
-def _version(p: Tensor) -> int:
-    """How often a tensor, or what this process holds of it, was written to."""
-    return local(p)._version

@@ -8,7 +8,7 @@ gathered for the step, every process does all of it, and keeps its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "opened",
     "shard_of",
     "split_like",
+    "version",
     "whole_of",
 ]
 
@@ -103,8 +104,15 @@ def _unit(cutting: Cutting) -> int:
 
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor, without its history: the tensor itself but for DTensors."""
-    x = x.detach()
-    return x.to_local() if isinstance(x, DTensor) else x
+    if not isinstance(x, DTensor):
+        return x.detach()
+    with torch.no_grad():
+        return x.to_local()
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor, or what this process holds of it, was written to."""
+    return x._version + local(x)._version if isinstance(x, DTensor) else x._version
 
 
 @contextmanager
@@ -148,7 +156,7 @@ def split_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def add_up(sums: Mapping[int, tuple[Shard, Tensor]]) -> dict[int, Tensor]:
-    """Sums over the groups of some weights, each (G,), from those over the components in each process: one message."""
+    """Sums over processes, entry by entry, of one tensor a weight: a single message for all that are split alike."""
     found: dict[int, Tensor] = {}
     for process_group, keys in _by_process_group(sums).items():
         message = torch.cat([sums[key][1] for key in keys])
@@ -164,13 +172,17 @@ def largest(x: Tensor, shard: Shard) -> Tensor:
     return x
 
 
-def anywhere(condition: bool, shards: Iterable[Shard | None], device: torch.device) -> bool:
-    """Whether a condition holds in any of the processes that share weights, so that all of them act alike."""
-    for process_group in {shard.process_group for shard in shards if shard is not None}:
-        flag = torch.tensor(float(condition), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=process_group)
-        condition = bool(flag)
-    return condition
+def anywhere(conditions: Sequence[bool], shards: Sequence[Shard | None], device: torch.device) -> list[bool]:
+    """Which conditions on some weights hold in any of the processes that share them, so that all of them act alike."""
+    found = list(conditions)
+    flags = {
+        i: (shard, torch.tensor([float(condition)], device=device))
+        for i, (shard, condition) in enumerate(zip(shards, conditions, strict=True))
+        if shard is not None
+    }
+    for i, flag in add_up(flags).items():
+        found[i] = bool(flag > 0)
+    return found
 
 
 def collect(parts: Mapping[int, tuple[Shard, Any]]) -> dict[int, list[Any]]:

@@ -109,14 +109,19 @@ class Update:
         return squares.sqrt()
 
     def move(self, shares: Tensor) -> Tensor:
-        """Move the weight and its momentum; which components were moved, bool (k,)."""
+        """Move the weight and its momentum; which components were moved, bool (k,).
+
+        At a learning rate of 0 the weight stays as it is, also where it is not on its manifolds.
+        """
         with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
+            weight = weight.clone() if self.group["lr"] == 0 else weight
             args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
             return fused.advance(*args) if self._suits(weight, grad, buffer) else eager.advance(*args, self.chunk)
 
     def move_far(self, shares: Tensor, moved: Tensor) -> None:
         """Move the components that :meth:`move` left, for their steps are longer than its retraction is made for."""
         with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
+            weight = weight.clone() if self.group["lr"] == 0 else weight
             args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
             eager.advance_far(*args, (~moved).nonzero()[:, 0])
 

@@ -596,3 +596,37 @@ def test_radii_of_a_layer_are_stored_by_channel_where_they_can_and_come_back_eit
         other.load_state_dict(state)
         (pom,) = other.poms.values()
         assert torch.equal(pom.radius, radius)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_constrained_weight_moves_at_a_learning_rate_of_zero_and_momentum_is_gathered(tiny, fused):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.0, momentum=0.9, fused=fused)
+    optimizer.rescale(tiny.linear.weight, torch.full_like(optimizer.pom(tiny.linear.weight).radius, 3.0))
+    with torch.no_grad():
+        tiny.conv.weight.mul_(2)  # astray: a state may yet be loaded to which this belongs
+    before = {p: p.detach().clone() for p in optimizer.poms}
+    for _ in range(2):
+        tiny(torch.randn(4, 4, 6, 6)).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(p, weight) for p, weight in before.items())
+    assert all(optimizer.state[p]["momentum_buffer"].any() for p in optimizer.poms)
+
+
+def test_torchs_distributed_checkpoint_api_loads_a_state_after_the_weights(tiny):
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, momentum=0.9)
+    optimizer.rescale(tiny.conv.weight, torch.full_like(optimizer.pom(tiny.conv.weight).radius, 0.5))
+    tiny(torch.randn(4, 4, 6, 6)).square().sum().backward()
+    optimizer.step()
+    model_state, state = copy.deepcopy(get_state_dict(tiny, optimizer))
+    other = type(tiny)()
+    fresh = FGSGD(pom_param_groups(other, seed=1), lr=0.1, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FGSGD: the manifolds, groups or start")
+        set_state_dict(other, fresh, model_state_dict=model_state, optim_state_dict=state)
+    for p, q in zip(tiny.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], fresh.state[q]["momentum_buffer"])
+        assert fresh.distance(q) < 1e-5
+        assert (optimizer.pom(p) is None) or torch.equal(optimizer.pom(p).radius, fresh.pom(q).radius)
