@@ -144,12 +144,13 @@ def whole_of(x: Tensor) -> Tensor:
 
 
 def split_like(x: Tensor, like: Tensor) -> Tensor:
-    """An ordinary tensor, the same in all processes, spread as ``like`` is."""
-    if not isinstance(like, DTensor) or isinstance(x, DTensor):
+    """A tensor spread as ``like`` is: one that is spread in another way, or an ordinary one, the same in all processes."""
+    if not isinstance(like, DTensor):
         return x
     mesh = like.device_mesh
-    everywhere = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(mesh, like.placements)
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return x if x.placements == like.placements else x.redistribute(mesh, like.placements)
 
 
 # Between processes: each is called by all that share the weights, for the same weights -------------------------------

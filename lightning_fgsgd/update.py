@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 from lightning_fgsgd import eager, fused
 from lightning_fgsgd.average import distance_to_average
 from lightning_fgsgd.pom import POM, working_dtype
-from lightning_fgsgd.sharding import add_up, opened
+from lightning_fgsgd.sharding import add_up, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
@@ -67,7 +67,7 @@ class Update:
 
     def __post_init__(self) -> None:
         assert self.weight.grad is not None
-        self.grad = self.weight.grad
+        self.grad = split_like(self.weight.grad, self.weight)
         self._first = self.group["momentum"] != 0 and "momentum_buffer" not in self.state
 
     @property

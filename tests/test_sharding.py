@@ -9,7 +9,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -152,6 +152,7 @@ def by_hand(rank, folder):
         "along the inputs": ((2,), lambda p: [Shard(p.ndim - 1) if p.ndim > 1 else Replicate()]),
         "replicated and split": ((1, 2), lambda p: [Replicate(), Shard(0)]),
         "replicated": ((2,), lambda p: [Replicate()]),
+        "gradients to be summed": ((2,), lambda p: [Shard(0)]),
     }
     found = {}
     for name, (shape, placements) in layouts.items():
@@ -162,6 +163,8 @@ def by_hand(rank, folder):
             for p, q in zip(model.parameters(), alone.parameters(), strict=True):
                 q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
                 p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+                if name == "gradients to be summed":
+                    p.grad = DTensor.from_local(q.grad / 2, p.device_mesh, [Partial()])
             mine.step()
             one.step()
         found[name] = most(weights(model), weights(alone))
