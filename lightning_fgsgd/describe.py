@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_fgsgd.checkpoint import whole
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.plan import PlannedWeight, POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM
+from lightning_fgsgd.sharding import whole_of
 
 __all__ = ["Description", "describe"]
 
@@ -128,11 +130,17 @@ def describe(
 
     Raises:
         ValueError: a batch without a model.
+
+    With sharded weights it is called by all processes.
     """
     if batch is not None and model is None:
         raise ValueError("model: it is needed to run the batch through")
     plan = source.plan if isinstance(source, POMParamGroups) else source._plan if isinstance(source, FGSGD) else source
-    poms = dict(source.poms) if isinstance(source, FGSGD) else {}
+    poms: dict[Tensor, POM] = {}
+    if isinstance(source, FGSGD):
+        poms = {
+            p: pom for p, pom in zip(source.poms, whole(list(source.poms.values())), strict=True) if pom is not None
+        }
     placed: dict[str, tuple[Tensor, Tensor]] = {}  # before and after
     rows = []
     for p, name in plan.names.items():
@@ -142,13 +150,14 @@ def describe(
             assert isinstance(source, FGSGD)
             row |= _live(poms[p])
             if source.has_unplaced(p):
-                placed[name] = source.unplaced(p), p.detach()
+                placed[name] = whole_of(source.unplaced(p)), whole_of(p)
         elif p in plan.weights:
             row |= _planned(plan.weights[p])
             if not p.is_meta and plan.weights[p].start != "preserve":
-                after = p.detach().clone()
+                before = whole_of(p)
+                after = before.clone()
                 POM.place(plan.weights[p], after)
-                placed[name] = p.detach(), after
+                placed[name] = before, after
         else:
             row["reason"] = plan.euclidean.get(name, "")
         if row["start"] == "preserve":

@@ -13,9 +13,18 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fgsgd import FGSGD, FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping, pom_param_groups
+from lightning_fgsgd import (
+    FGSGD,
+    FeatureStdRescaling,
+    FGSGDMixin,
+    NormBoundMonitor,
+    POMGrouping,
+    describe,
+    pom_param_groups,
+)
 from tests import processes
 
+COUNTS = ("name", "shape", "components", "groups", "sphere", "oblique", "stiefel", "start")
 # In torch 2.6, fully_shard needs a GPU.
 fsdp2 = pytest.mark.skipif(torch.__version__ < "2.7", reason="fully_shard runs on a CPU from torch 2.7 on")
 
@@ -286,6 +295,9 @@ def fit(folder, epochs, strategy="auto", devices=1, **options):
         "weights": weights(module),
         "std": {name: row["std"] for name, row in rescaling.history[-1]["layers"].items()},
         "bounds": monitor.history[-1]["network"],
+        "described": [
+            (*map(row.get, COUNTS), row["change"]) for row in describe(trainer.optimizers[0], quiet=True).rows
+        ],
         "distance": max(map(trainer.optimizers[0].distance, trainer.optimizers[0].poms)),
     }
 
@@ -313,6 +325,7 @@ def resume(rank, folder, devices):
 
 def check(found, alone):
     assert most(found["weights"], alone["weights"]) < 1e-5
+    assert found["described"] == alone["described"]
     assert found["distance"] < 1e-5
     assert found["std"] == pytest.approx(alone["std"], rel=1e-5)
     assert found["bounds"] == pytest.approx(alone["bounds"], rel=1e-4, abs=1e-4)

@@ -89,10 +89,10 @@ class POMGrouping(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if self._groups is None:  # otherwise the mixin asked for them in configure_optimizers
             self._constrain(trainer, pl_module)
-        if self.verbose and trainer.is_global_zero:
+        if self.verbose:
             for optimizer in trainer.optimizers:
                 if isinstance(optimizer, FGSGD):
-                    describe(optimizer)
+                    describe(optimizer, quiet=not trainer.is_global_zero)
 
     def _constrain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Constrain the optimizers that the module made without us."""
