@@ -15,7 +15,7 @@ from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.plan import POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
 from lightning_fgsgd.sharding import add_up, anywhere, largest, local, opened, shard_of, split_like, version, whole_of
-from lightning_fgsgd.update import Update, compiles
+from lightning_fgsgd.update import Update, compiles, undisturbed
 
 __all__ = ["FGSGD"]
 
@@ -242,6 +242,11 @@ class FGSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with undisturbed(self._poms):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         updates = self._updates()
         self._check(updates)
         sums = self._sums(updates)  # looks for gradients that are not finite, before anything moves
@@ -263,7 +268,6 @@ class FGSGD(torch.optim.Optimizer):
                 self._versions[update.weight] = version(update.weight)
         for group in self.param_groups:
             self._step_free([p for p in group["params"] if p.grad is not None and self._is_free(p, group)], group)
-        return loss
 
     def _is_free(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether torch's own SGD is all that a parameter needs."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_fgsgd.sharding import add_up, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
-__all__ = ["Update", "compiles"]
+__all__ = ["Update", "compiles", "undisturbed"]
 
 
 def compiles(wanted: bool | None) -> bool:
@@ -43,6 +44,15 @@ def compiles(wanted: bool | None) -> bool:
 
 
 _said: list[str] = []
+
+
+@contextmanager
+def undisturbed(weights: Iterable[Tensor]) -> Iterator[None]:
+    """The geometry of ``weights`` keeps its precision, also where a step is taken under autocast (manual optimization)."""
+    with ExitStack() as stack:
+        for device in {p.device.type for p in weights}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @dataclass
