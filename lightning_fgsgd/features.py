@@ -34,8 +34,10 @@ class FeatureReader:
     without a call of their layer (``F.linear(x, self.qkv.weight)``, ``nn.MultiheadAttention``, bare parameters) are watched
     for in torch's own functions; that costs a little for each function called, so it stops where every weight's layer was
     seen to be called. Not seen: weights that reach a function changed (cast, sliced, normalised), the hidden states between
-    the layers of a recurrent stack, the output projection of ``nn.MultiheadAttention``, and in compiled modules all but what
-    the hooks see.
+    the layers of a recurrent stack, and the output projection of ``nn.MultiheadAttention``.
+
+    Code of ``torch.compile`` runs uncompiled from :meth:`start` to :meth:`close`, and there are hooks only then: hooks in
+    compiled code would split it at every layer, and be compiled anew whenever they change.
 
     Args:
         model: holds the weights.
@@ -58,10 +60,39 @@ class FeatureReader:
         self._reading = False
         self._functions: _Functions | None = None
         self._handles: list[Any] = []
-        modules = list(model.modules())
-        self._compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
-        for module in modules:
-            weights = {attr: p for attr, p in module._parameters.items() if p is not None and p in poms}
+        self._uncompiled: Any = None
+        self._model = model
+
+    def start(self) -> None:
+        """Read from now on."""
+        self._reading = True
+        if self._uncompiled is None:
+            self._uncompiled = torch.compiler.set_stance("force_eager")
+            self._hook()
+        if self._functions is None and len(self._called) < len(self._poms):
+            self._functions = _Functions(self)
+            self._functions.__enter__()
+
+    def stop(self) -> None:
+        """Read no more until :meth:`start`."""
+        self._reading = False
+        if self._functions is not None:
+            functions, self._functions = self._functions, None
+            functions.__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Read no more, leave no hook behind, and let compiled code run again."""
+        self.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._uncompiled is not None:
+            uncompiled, self._uncompiled = self._uncompiled, None
+            uncompiled.__exit__(None, None, None)
+
+    def _hook(self) -> None:
+        for module in self._model.modules():
+            weights = {attr: p for attr, p in module._parameters.items() if p is not None and p in self._poms}
             if not weights:
                 continue
             if isinstance(module, _CALLED):
@@ -72,27 +103,6 @@ class FeatureReader:
                 self._handles.append(module.register_forward_hook(partial(self._recurrent, weights)))
             elif isinstance(module, nn.RNNCellBase):
                 self._handles.append(module.register_forward_hook(partial(self._cell, weights)))
-
-    def start(self) -> None:
-        """Read from now on."""
-        self._reading = True
-        if self._functions is None and not self._compiled and len(self._called) < len(self._poms):
-            self._functions = _Functions(self)
-            self._functions.__enter__()
-
-    def stop(self) -> None:
-        """Read no more."""
-        self._reading = False
-        if self._functions is not None:
-            functions, self._functions = self._functions, None
-            functions.__exit__(None, None, None)
-
-    def close(self) -> None:
-        """Read no more, and leave no hook behind."""
-        self.stop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     # What is seen ---------------------------------------------------------------------------------------------------
 

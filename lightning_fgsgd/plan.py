@@ -222,12 +222,13 @@ _DEFAULTS: dict[str, Any] = {
 
 def _parameters(model: nn.Module) -> tuple[dict[Tensor, str], dict[Tensor, list[nn.Module]]]:
     """The name of every parameter, once where it is tied, and all the modules that hold it."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError(
             "model: FullyShardedDataParallel flattens the weights, so there are no layers' weights to constrain; shard with "
             "torch.distributed.fsdp.fully_shard (FSDP2), in Lightning with ModelParallelStrategy"
         )
+    # torch.compile(module) is a module around the module: its names, and so its draws, are those without it.
+    names: dict[Tensor, str] = {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
     lazy = [name for p, name in names.items() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(f"model: {lazy[0]} has no shape yet (a lazy module); run one batch through the model first")

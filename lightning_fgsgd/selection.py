@@ -116,6 +116,7 @@ def _groups_by_parameter(model: nn.Module, argument: str, coarse: bool) -> dict[
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    module = getattr(module, "_orig_mod", module)  # of torch.compile(module)
     if callable(getattr(module, "group_matcher", None)):
         yield module
         return

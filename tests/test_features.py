@@ -72,6 +72,7 @@ def test_watching_functions_stops_where_every_layer_was_called():
         watched.append(reader._functions is not None)
         model(torch.randn(2, 3, 6, 6))
         reader.stop()
+    reader.close()
     assert watched == [True, False, False]
     assert torch.overrides._get_current_function_mode_stack() == []
 

@@ -117,7 +117,8 @@ class FeatureStdRescaling(Callback):
         if self._reader is None:  # a fit resumed in mid-epoch
             self._watch(trainer, pl_module)
         self._reads = batch_idx % self.every_n_batches == 0
-        self._read(self._reads)
+        if self._reads:
+            self._read(True)
 
     # Blocks that are checkpointed run forward again in the backward pass; they were read already.
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:  # noqa: D102
@@ -130,7 +131,8 @@ class FeatureStdRescaling(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._reads = False
-        self._read(False)
+        if self._reader is not None:
+            self._reader.close()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         layers = {}

@@ -155,7 +155,7 @@ def test_hooks_are_gone_whatever_ends_the_fit(tmp_path, end):
             return super().training_step(batch, batch_idx)
 
     module = Ending()
-    fit = trainer(tmp_path, FeatureStdRescaling(), max_epochs=1)
+    fit = trainer(tmp_path, FeatureStdRescaling(every_n_batches=1), max_epochs=1)
     if end == "error":
         with pytest.raises(RuntimeError, match="boom"):
             fit.fit(module, loader())
