@@ -36,12 +36,10 @@ def loader(images: int = 32, batch_size: int = 8, scale: float = 1.0):
 
 
 def trainer(folder, *callbacks, max_epochs=2, **options):
-    options = {"enable_checkpointing": False, "logger": False, **options}
+    options = {"enable_checkpointing": False, "logger": False, "accelerator": "cpu", "devices": 1, **options}
     return Trainer(
         default_root_dir=folder,
         max_epochs=max_epochs,
-        accelerator="cpu",
-        devices=1,
         callbacks=list(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
