@@ -87,8 +87,11 @@ class FeatureReader:
             handle.remove()
         self._handles.clear()
         if self._uncompiled is not None:
-            uncompiled, self._uncompiled = self._uncompiled, None
-            uncompiled.__exit__(None, None, None)
+            self._uncompiled.__exit__(None, None, None)
+            self._uncompiled = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_reading": False}  # a copy of the model has copies of the hooks, which read nothing
 
     def _hook(self) -> None:
         for module in self._model.modules():

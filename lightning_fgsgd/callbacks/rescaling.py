@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ class FeatureStdRescaling(Callback):
     During training, forward hooks stream each constrained layer's input into a :class:`~lightning_fgsgd.FeatureStd`: one λ
     per input channel for kernels, one over the fan-in (of the conv group) for blocks. Weights that are used without a call
     of their layer are read too (:class:`~lightning_fgsgd.features.FeatureReader`); where a layer's features cannot be seen,
-    that is said once and its R stays. When the next epoch starts (so that
+    that is said once and its R stays; so it is where features are NaN or infinite. When the next epoch starts (so that
     what was validated and saved is what was trained), R = γ/λ is set, or with ``start="preserve"`` R = λ¹/λ, where λ¹
     belongs to the first epoch that was gathered. Sanity checking and validation are not read.
 
@@ -155,6 +156,13 @@ class FeatureStdRescaling(Callback):
         keys = ("std", "radius", "radius_min", "radius_max")
         values = torch.stack(list(layers.values())).tolist()  # the only look at the device in an epoch
         record = {name: dict(zip(keys, row, strict=True)) for name, row in zip(layers, values, strict=True)}
+        bad = [name for name, row in record.items() if not math.isfinite(row["std"])]
+        if bad:
+            self._say(
+                "not finite",
+                f"the input of {len(bad)} layers ({bad[0]} first) held NaN or infinite values in epoch "
+                f"{trainer.current_epoch}; where λ is not finite, R stays as it is",
+            )
         self.history.append({"epoch": trainer.current_epoch, "layers": record})
         for logger in trainer.loggers:
             scalars = {f"{key}/{name}": row[key] for name, row in record.items() for key in ("std", "radius")}
@@ -247,7 +255,10 @@ class FeatureStdRescaling(Callback):
             self._said.add(name)
             rank_zero_warn(f"FeatureStdRescaling: {message}")
 
-    # Checkpoints ----------------------------------------------------------------------------------------------------
+    # Copies and checkpoints -----------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None, "_reads": False}  # the hooks of a fit are not a copy's
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         moments = {name: m.moments for name, m in self._metrics.items() if m.update_called}
