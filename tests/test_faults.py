@@ -364,7 +364,7 @@ def test_interrupts_at_any_moment_leave_nothing_behind(tmp_path):
     assert_fits_as_new(tmp_path, module, given)
 
 
-# Again, copied, and without a fit -------------------------------------------------------------------------------------------
+# Again, copied, and without a fit --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("again", ["the same Trainer", "another Trainer"])
