@@ -62,7 +62,7 @@ def loop(module, batches, clip=None, start="preserve"):
         optimizer.zero_grad()
         cross_entropy(module.model(x), y).backward()
         if clip is not None:
-            clip(module.parameters())
+            clip([p for group in optimizer.param_groups for p in group["params"]])  # the order of their norms' sum
         optimizer.step()
     return optimizer
 
