@@ -211,6 +211,37 @@ def test_gradients_of_zero_leave_the_weights_where_they_are_to_rounding(tmp_path
     assert worst(optimizer) < 1e-5
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_after_gradients_of_zero_momentum_moves_the_weights_on_as_in_sgd(tmp_path, fused):
+    class Fading(LitTimm):
+        def training_step(self, batch, batch_idx):
+            return (1.0 if self.global_step == 0 else 0.0) * super().training_step(batch, batch_idx)
+
+    class Path(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.places, self.norms = [copy.deepcopy(list(trainer.optimizers[0].poms))], []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            (optimizer,) = trainer.optimizers
+            self.places.append(copy.deepcopy(list(optimizer.poms)))
+            self.norms.append(nn.utils.get_total_norm([optimizer.state[p]["momentum_buffer"] for p in optimizer.poms]))
+
+        def way(self, start, end):
+            pairs = zip(self.places[start], self.places[end], strict=True)
+            return nn.utils.get_total_norm([(p - q).detach() for p, q in pairs])
+
+    torch.manual_seed(0)
+    module, path = Fading("test_resnet", lr=1e-3), Path()
+    module.fused = fused
+    fit = trainer(tmp_path, POMGrouping(), path, max_epochs=2)
+    fit.fit(module, images())
+    # Steps as short as these turn it next to nothing: it is 0.9 times as long after each.
+    torch.testing.assert_close(torch.stack(path.norms), path.norms[0] * 0.9 ** torch.arange(6), rtol=1e-3, atol=0)
+    expected = path.way(0, 1) * sum(0.9**i for i in range(1, 6))
+    torch.testing.assert_close(path.way(1, 6), expected, rtol=1e-2, atol=0)
+    assert worst(fit.optimizers[0]) < 1e-5
+
+
 @pytest.mark.parametrize("make", [resnet, vit])
 def test_batches_of_one_image_train_and_are_read_as_any(tmp_path, make):
     module = make()
