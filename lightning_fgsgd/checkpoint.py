@@ -6,7 +6,7 @@ one process alone would hold, so that a fit can go on with any number of process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.grouping import pack, unpack
 from lightning_fgsgd.pom import POM, working
-from lightning_fgsgd.sharding import collect
+from lightning_fgsgd.sharding import collect, local, split_like
 
-__all__ = ["load", "save", "whole"]
+__all__ = ["match", "restore_momentum", "save", "whole"]
 
 _FORMAT = 3
 
@@ -44,12 +44,39 @@ def _state(pom: POM) -> dict[str, Any]:
     }
 
 
-def load(state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
-    """The POM that :func:`save` described, with its tensors where and in the precision in which ``weight`` works.
+def match(states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[Tensor, POM]) -> dict[Tensor, POM]:
+    """The POMs of some parameters from what :func:`save` gave for each of them, to take the place of ``poms``.
 
     Raises:
-        ValueError: another version of this package wrote it, in another format.
+        ValueError: a state belongs to another weight or cutting, or another version of this package wrote it; or a
+            parameter is constrained in one of the two only.
     """
+    found = {}
+    for p, state in states:
+        mine = poms.get(p)
+        if state is None:
+            if mine is not None:
+                raise ValueError(f"state_dict: {mine.name} is constrained here but was not when it was saved")
+            continue
+        if mine is None:
+            raise ValueError(
+                f"state_dict: {state['name']} was constrained when it was saved but is not here; "
+                "make the optimizer with pom_param_groups and the same settings"
+            )
+        layer = mine.layer
+        here = (layer.kind, layer.n, layer.p, layer.count)
+        there = (state["cutting"], state["n"], state["p"], state["manifold"].numel())
+        if here != there:
+            raise ValueError(
+                f"state_dict: {mine.name} was cut into {there[3]} {there[0]} components of {there[1]} x {there[2]}, "
+                f"here into {here[3]} {here[0]} components of {here[1]} x {here[2]}; "
+                "use the cutting and block_size with which it was saved"
+            )
+        found[p] = _load(state, layer, local(p)).part(mine.shard)
+    return found
+
+
+def _load(state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
     if state.get("format") != _FORMAT:
         raise ValueError(
             f"state_dict: the products of manifolds of {state['name']} are in format {state.get('format', 1)}, and this "
@@ -81,3 +108,15 @@ def whole(poms: Sequence[POM | None]) -> list[POM | None]:
         scales = (pom.origins, pom.sizes)
         found[i] = POM(pom.name, pom.layer, sets, pom.start, joined, torch.cat(radius).to(pom.radius), *scales)
     return found
+
+
+def restore_momentum(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Give the state of half-precision weights its own precision back, which torch casts to theirs, and spread it alike."""
+    for packed, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for index, p in zip(packed["params"], group["params"], strict=True):
+            state = optimizer.state[p]
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.dtype != state[key].dtype:
+                    state[key] = value.to(p.device, copy=True)
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    state[key] = split_like(state[key], p)

@@ -378,20 +378,16 @@ class FGSGD(torch.optim.Optimizer):
                 "state_dict: it holds no products of manifolds, so another optimizer saved it; "
                 "load it into FGSGD(model.parameters()), then call constrain(pom_param_groups(model).plan)"
             )
-        poms: dict[Tensor, POM] = {}
-        replaced = []
-        for group, states in zip(self.param_groups, described, strict=True):
-            for p, state in zip(group["params"], states or [None] * len(group["params"]), strict=True):
-                mine = self._poms.get(p)
-                if state is not None:
-                    poms[p] = self._matched(p, mine, state)
-                    if mine is not None and not poms[p].same_constraints(mine):
-                        replaced.append(poms[p].name)
-                elif mine is not None:
-                    raise ValueError(f"state_dict: {mine.name} is constrained here but was not when it was saved")
+        pairs = [
+            (p, state)
+            for group, states in zip(self.param_groups, described, strict=True)
+            for p, state in zip(group["params"], states or [None] * len(group["params"]), strict=True)
+        ]
+        poms = checkpoint.match(pairs, self._poms)
+        replaced = [pom.name for p, pom in poms.items() if p in self._poms and not pom.same_constraints(self._poms[p])]
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
         super().load_state_dict({**state_dict, "param_groups": saved})
-        self._restore_precision(state_dict)
+        checkpoint.restore_momentum(state_dict, self)
         for p, (then, before) in self._unplaced.items():
             if version(p) == then:
                 p.detach().copy_(before)
@@ -404,33 +400,6 @@ class FGSGD(torch.optim.Optimizer):
                 "checkpoint, and not those asked for here; to change them, load the model's weights only",
                 stacklevel=2,
             )
-
-    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
-        """Give the state of half-precision weights its own precision back, which torch casts to the weights'."""
-        for packed, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for index, p in zip(packed["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
-                        self.state[p][key] = value.to(p.device, copy=True)
-                if isinstance(buffer := self.state[p].get("momentum_buffer"), Tensor) and buffer.shape == p.shape:
-                    self.state[p]["momentum_buffer"] = split_like(buffer, p)
-
-    def _matched(self, p: Tensor, mine: POM | None, state: dict[str, Any]) -> POM:
-        if mine is None:
-            raise ValueError(
-                f"state_dict: {state['name']} was constrained when it was saved but is not here; "
-                "make the optimizer with pom_param_groups and the same settings"
-            )
-        layer = mine.layer
-        here = (layer.kind, layer.n, layer.p, layer.count)
-        there = (state["cutting"], state["n"], state["p"], state["manifold"].numel())
-        if here != there:
-            raise ValueError(
-                f"state_dict: {mine.name} was cut into {there[3]} {there[0]} components of {there[1]} x {there[2]}, "
-                f"here into {here[3]} {here[0]} components of {here[1]} x {here[2]}; "
-                "use the cutting and block_size with which it was saved"
-            )
-        return checkpoint.load(state, layer, local(p)).part(mine.shard)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}, "_versions": {}}
