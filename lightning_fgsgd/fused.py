@@ -71,7 +71,7 @@ def _compile(source: str) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return CppCodeCache.load(source, extra_flags=_FLAGS)
+        return CppCodeCache.load_async(source, "cpu", extra_flags=_FLAGS)()
 
 
 def group_squares(pom: POM, weight: Tensor, grad: Tensor, metric: str, options: Options) -> Tensor:
