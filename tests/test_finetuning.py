@@ -119,6 +119,18 @@ def test_a_backbone_that_is_unfrozen_later_gets_the_index_sets_that_were_drawn_f
     assert len(rescaling.history[-1]["layers"]) == 1 + len(backbone)
 
 
+def test_a_fit_may_start_with_all_that_is_to_be_constrained_frozen(tmp_path):
+    unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    rescaling, monitor = FeatureStdRescaling(every_n_batches=1), NormBoundMonitor()
+    fit, module = trainer(tmp_path, unfreeze, POMGrouping(), rescaling, monitor, max_epochs=3), LitBackbone()
+    fit.fit(module, images())
+    convolutions = sum(p.ndim == 4 for p in module.parameters())
+    assert len(fit.optimizers[0].poms) == convolutions
+    assert [len(record["layers"]) for record in rescaling.history] == [convolutions] * 2  # of epochs 1 and 2
+    assert [len(look["layers"]) for look in monitor.history] == [0, 0, convolutions, convolutions]
+    assert on_manifolds(fit.optimizers[0])
+
+
 def test_tied_weights_are_stepped_and_rescaled_once(tmp_path):
     class Tied(LitTimm):
         def __init__(self):

@@ -121,7 +121,8 @@ class NormBoundMonitor(Callback):
         }
         layers = {name: norms.largest() | norms.checks() for name, norms in self.latest.items()}
         network = self._bounds(trainer, pl_module, [norms.groups for norms in self.latest.values()])
-        network |= {check: min(row[check] for row in layers.values()) for check in CHECKS}
+        if layers:  # there are none while all constrained weights are frozen
+            network |= {check: min(row[check] for row in layers.values()) for check in CHECKS}
         self.history.append(
             {"epoch": trainer.current_epoch, "step": trainer.global_step, "layers": layers, "network": network}
         )

@@ -101,8 +101,9 @@ class FeatureStdRescaling(Callback):
         self._restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        # Not in on_fit_start: POMGrouping may come after this callback and constrain there.
-        if not any(_poms(optimizer) for optimizer in trainer.optimizers):
+        # Not in on_fit_start: POMGrouping may come after this callback and constrain there. Weights that are planned and
+        # frozen are enough: they may be unfrozen later.
+        if not any(isinstance(o, FGSGD) and o._plan.weights for o in trainer.optimizers):
             raise MisconfigurationException(
                 "FeatureStdRescaling: no weight of the FGSGD is on a product of manifolds; add POMGrouping() to the "
                 "callbacks, or give FGSGD the groups of pom_param_groups"
