@@ -30,10 +30,8 @@ def on_files(files: Files, config: Any) -> Files:
         for target in LINK.findall(page.content_string):
             name = outside(target, page.src_uri)
             if name is not None and files.get_file_from_path(f"source/{name}.md") is None:
-                text = (ROOT / name).read_text(encoding="utf-8")
-                if not name.endswith(".md"):
-                    text = f"# {name}\n\n``````{Path(name).suffix[1:]}\n{text}``````\n"
-                text = f"---\nsearch:\n  exclude: true\n---\n{text}"
+                code = (ROOT / name).read_text(encoding="utf-8")
+                text = f"---\nsearch:\n  exclude: true\n---\n# {name}\n\n``````{Path(name).suffix[1:]}\n{code}``````\n"
                 files.append(File.generated(config, f"source/{name}.md", content=text))
     return files
 
