@@ -129,15 +129,13 @@ class LogBounds(NamedTuple):
 
 
 def table1(layers: Sequence[Norms], samples: int, width: int) -> LogBounds:
-    r"""The three bounds of Table 1, with dynamic group scaling, for a network whose layers have these group norms.
+    """The three bounds of Table 1, with dynamic group scaling, for a network whose layers have these group norms.
 
-    With δ the norms of the groups g of layer l, L layers and N samples:
+    With L layers, N samples, and δ the norms of group g of layer l:
 
-    .. math::
-        \frac{2^L}{\sqrt N} \prod_l \prod_g δ_{g,l,F}, \qquad
-        \frac{1}{\sqrt N} \prod_l \prod_g δ_{g,l,2}
-        \Big(\sum_l \prod_g \big(\tfrac{δ_{g,l,2→1}}{δ_{g,l,2}}\big)^{2/3}\Big)^{3/2}, \qquad
-        \frac{1}{\sqrt N} \prod_l \prod_g δ_{g,l,2} \sqrt{L^2 ϖ \sum_l \prod_g \tfrac{δ_{g,l,F}^2}{δ_{g,l,2}^2}}
+        neyshabur2015: 2^L / √N · Π_l Π_g δ_F
+        bartlett2017:  1 / √N · Π_l Π_g δ_2 · (Σ_l Π_g (δ_2→1 / δ_2)^(2/3))^(3/2)
+        neyshabur2018: 1 / √N · Π_l Π_g δ_2 · √(L² ϖ Σ_l Π_g (δ_F / δ_2)²)
 
     In logarithms, because products over the groups of all layers overflow.
 

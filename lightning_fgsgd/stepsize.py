@@ -8,10 +8,9 @@ __all__ = ["step_normalizer"]
 
 
 def step_normalizer(grad_norm: Tensor, rho: Tensor | float, curvature: Tensor | float) -> Tensor:
-    r"""𝔤 of Eq. 5, by which the learning rate of a group is divided (Eq. 3).
+    """𝔤 of Eq. 5, by which the learning rate of a group is divided (Eq. 3).
 
-    .. math::
-        𝔤 = \sqrt{\max\{1, R_g^2 Γ_2\}}, \quad Γ_2 = \max\{(2ρ + R_g)^2,\ 1 + c(ρ + R_g)\}
+        𝔤 = sqrt(max{1, R_g² Γ₂}),  Γ₂ = max{(2ρ + R_g)², 1 + c (ρ + R_g)}
 
     With ρ = 1 and c = 1, spheres, this is Eq. 7: the first term of the maximum is then always the larger.
 
