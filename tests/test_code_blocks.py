@@ -41,7 +41,7 @@ def no_hub(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *args, pretrained=False, **kwargs: create(*args, **kwargs))
 
 
-def readme(scope):
+def readme(scope, printed):
     trainer = scope["trainer"]
     assert trainer.current_epoch == 10
     (optimizer,) = trainer.optimizers
@@ -51,7 +51,7 @@ def readme(scope):
     assert isinstance(scope["optimizer"], FGSGD)
 
 
-def first_steps(scope):
+def first_steps(scope, printed):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(scope["plain"].eval()(x), scope["module"].model.eval()(x))
@@ -59,7 +59,7 @@ def first_steps(scope):
     assert len(scope["rescaling"].history) == 3
 
 
-def checkpoints(scope):
+def checkpoints(scope, printed):
     assert scope["resumed"].current_epoch == 4
     mine, theirs = (list(scope[name].optimizers[0].poms.values()) for name in ("first", "resumed"))
     assert all(torch.equal(a.sets.group, b.sets.group) for a, b in zip(mine, theirs, strict=True))
@@ -68,8 +68,9 @@ def checkpoints(scope):
     assert len(scope["again"].poms) == len(scope["optimizer"].poms) > 5
 
 
-def models(scope):
+def models(scope, printed):
     assert scope["found"].totals["layers"] > 30
+    assert printed.count("Weights on products of manifolds") == 2
 
 
 OUTCOMES = {
@@ -96,7 +97,8 @@ def test_the_python_code_of_a_page_runs_as_it_stands_and_prints_what_is_shown(pa
         elif block.language == "text":
             assert block.before == "python", f"what is this the output of? {block.code}"
             assert printed == block.code
-    OUTCOMES.get(page, lambda scope: None)(scope)
+    if page in OUTCOMES:
+        OUTCOMES[page](scope, printed)
 
 
 EXAMPLES = {
