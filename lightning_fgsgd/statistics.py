@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["FeatureStd"]
+__all__ = ["FeatureStd", "merge_moments", "of_processes", "own_part", "standard_deviation"]
 
 
 class FeatureStd(Metric):
@@ -63,8 +64,13 @@ class FeatureStd(Metric):
 
     def compute(self) -> Tensor:
         """Standard deviation (population, not sample) of each channel or pool; NaN where nothing was read."""
-        pooled = merge_moments(self.moments.reshape(3, self.pools, -1).permute(2, 0, 1))
-        return (pooled[2] / pooled[0]).sqrt()
+        return standard_deviation(self.moments, self.pools)
+
+
+def standard_deviation(moments: Tensor, pools: int) -> Tensor:
+    """Standard deviation of each of ``pools`` equal runs of channels, from moments (3, channels)."""
+    pooled = merge_moments(moments.reshape(3, pools, -1).permute(2, 0, 1))
+    return (pooled[2] / pooled[0]).sqrt()
 
 
 def merge_moments(moments: Tensor) -> Tensor:
@@ -74,3 +80,25 @@ def merge_moments(moments: Tensor) -> Tensor:
     weight = count / total.clamp_min(1)
     joint = (weight * mean).sum(0)
     return torch.stack([total, joint, (squares + count * (mean - joint).square()).sum(0)])
+
+
+def of_processes(x: Tensor) -> Tensor:
+    """A tensor of every process, (processes, ...), the same in all of them. Called by all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x[None]
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x.contiguous())
+    return torch.stack(found)
+
+
+def own_part(moments: Tensor) -> Tensor:
+    """With what this process goes on of the moments of every process (processes, 3, channels).
+
+    Its own where there are as many processes as there were; otherwise the first has those of all, and the others none.
+    """
+    together = dist.is_available() and dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    if len(moments) == processes:
+        return moments[rank]
+    joined = merge_moments(moments)
+    return joined if rank == 0 else torch.zeros_like(joined)

@@ -73,7 +73,7 @@ class NormBoundMonitor(Callback):
         self.start: dict[str, float] = {}
         self.latest: dict[str, LayerNorms] = {}
         self._restored = False
-        self._looked = -1
+        self._epoch: int | None = None  # of the last batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if not any(isinstance(o, FGSGD) for o in trainer.optimizers):
@@ -84,19 +84,30 @@ class NormBoundMonitor(Callback):
             )
         if not self._restored:
             self.history, self.start = [], {}
-        self._restored, self._looked = False, -1
+        self._restored = False
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # Not in on_fit_start: POMGrouping may come after this callback and constrain there.
         if self.start:
+            if self._epoch is None:  # an earlier version did not keep it
+                self._epoch = trainer.current_epoch
+            # From a checkpoint of the last batch of an epoch Lightning goes on with the next, without a hook between.
+            if trainer.current_epoch > self._epoch:
+                self.on_train_epoch_end(trainer, pl_module)
             return
         groups = [
             group_norms(pom.cutting.cut(working(whole_of(optimizer.unplaced(p)))), pom.sets.group.long())
             for optimizer, p, pom in _constrained(trainer)
         ]
         self.start = self._bounds(trainer, pl_module, groups)
+        self._epoch = trainer.current_epoch
         self._look(trainer, pl_module)
+
+    def on_train_batch_start(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._epoch = trainer.current_epoch
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,16 +116,17 @@ class NormBoundMonitor(Callback):
             self._look(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if not self.every_n_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        assert self._epoch is not None
+        if not self.every_n_steps and (self._epoch + 1) % self.every_n_epochs == 0:
             self._look(trainer, pl_module)
 
     # Looking --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._looked == trainer.global_step:  # between two steps of accumulated gradients
+        # Looked already: between two steps of accumulated gradients, or before the checkpoint from which this fit goes on.
+        if self.history and self.history[-1]["step"] == trainer.global_step:
             return
-        self._looked = trainer.global_step
         self.latest = {
             pom.name.removesuffix(".weight"): layer_norms(pom, whole_of(p), scaling.gamma(pom.cutting)).cpu()
             for _, p, pom in _constrained(trainer)
@@ -123,9 +135,7 @@ class NormBoundMonitor(Callback):
         network = self._bounds(trainer, pl_module, [norms.groups for norms in self.latest.values()])
         if layers:  # there are none while all constrained weights are frozen
             network |= {check: min(row[check] for row in layers.values()) for check in CHECKS}
-        self.history.append(
-            {"epoch": trainer.current_epoch, "step": trainer.global_step, "layers": layers, "network": network}
-        )
+        self.history.append({"epoch": self._epoch, "step": trainer.global_step, "layers": layers, "network": network})
         scalars = {f"norms/{layer}/{name}": value for layer, row in layers.items() for name, value in row.items()}
         scalars |= {f"bounds/{name}": value for name, value in network.items()}
         scalars |= {f"bounds/{name}_at_the_start": value for name, value in self.start.items()}
@@ -172,10 +182,11 @@ class NormBoundMonitor(Callback):
         return figure
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"history": self.history, "start": self.start}
+        return {"history": list(self.history), "start": dict(self.start), "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self.history, self.start = list(state_dict["history"]), dict(state_dict["start"])
+        self._epoch = state_dict.get("epoch")
         self._restored = True
 
 

@@ -21,7 +21,7 @@ from lightning_fgsgd._lightning import (
 from lightning_fgsgd.features import FeatureReader
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.pom import POM
-from lightning_fgsgd.statistics import FeatureStd
+from lightning_fgsgd.statistics import FeatureStd, merge_moments, of_processes, own_part, standard_deviation
 
 __all__ = ["FeatureStdRescaling"]
 
@@ -78,11 +78,13 @@ class FeatureStdRescaling(Callback):
         self._reads = False
         self._said: set[str] = set()
         self._restored = False
+        self._epoch: int | None = None  # of the last batch
+        self._open = False  # whether λ of that epoch is still to be computed
         # By layer: λ of the first epoch and of the last one, for each channel or conv group; moments of the epoch under
-        # way, when resumed; pixels of the output feature map.
+        # way, of every process; pixels of the output feature map.
         self._first: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
-        self._resumed: dict[str, Tensor] = {}
+        self._moments: dict[str, Tensor] = {}
         self._feature_map: dict[str, int] = {}
 
     # The order of a fit ----------------------------------------------------------------------------------------------
@@ -96,8 +98,9 @@ class FeatureStdRescaling(Callback):
             )
         self._said.clear()
         if not self._restored:  # a fit of its own: what an earlier one gathered belongs to other manifolds
-            for gathered in (self._metrics, self._first, self._last, self._resumed, self._feature_map, self.history):
+            for gathered in (self._metrics, self._first, self._last, self._moments, self._feature_map, self.history):
                 gathered.clear()
+            self._open = False
         self._restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -108,6 +111,9 @@ class FeatureStdRescaling(Callback):
                 "FeatureStdRescaling: no weight of the FGSGD is on a product of manifolds; add POMGrouping() to the "
                 "callbacks, or give FGSGD the groups of pom_param_groups"
             )
+        # From a checkpoint of the last batch of an epoch Lightning goes on with the next, without a hook between.
+        if self._epoch is not None and trainer.current_epoch > self._epoch:
+            self._close(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._watch(trainer, pl_module)
@@ -116,8 +122,10 @@ class FeatureStdRescaling(Callback):
     def on_train_batch_start(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._reader is None:  # a fit resumed in mid-epoch
+        if self._reader is None:  # a fit resumed without the start of an epoch
             self._watch(trainer, pl_module)
+            self._rescale(trainer)
+        self._epoch, self._open = trainer.current_epoch, True
         self._reads = batch_idx % self.every_n_batches == 0
         if self._reads:
             self._read(True)
@@ -132,42 +140,14 @@ class FeatureStdRescaling(Callback):
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._reads = False
-        if self._reader is not None:
-            self._reader.close()
+        if self._reads:
+            self._reads = False
+            if self._reader is not None:
+                self._reader.close()
+            self._gather()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        layers = {}
-        for optimizer in trainer.optimizers:
-            for pom in _poms(optimizer).values():
-                name, radius = _layer(pom), pom.radius
-                metric = self._metrics.get(name)
-                std = None if metric is None else self._std(metric, pom)
-                if std is None:
-                    self._say(name, f"the input of {name} was not seen in any forward pass; its R stays as it is")
-                    continue
-                self._last[name] = std
-                # A channel that was dead at first has its λ¹ from the first epoch in which it lives.
-                first = self._first.get(name, std).to(std)
-                self._first[name] = torch.where(first > 0, first, std)
-                low, high = radius.aminmax()
-                layers[name] = torch.stack([std.mean(), radius.mean(), low, high])
-        if not layers:
-            return
-        keys = ("std", "radius", "radius_min", "radius_max")
-        values = torch.stack(list(layers.values())).tolist()  # the only look at the device in an epoch
-        record = {name: dict(zip(keys, row, strict=True)) for name, row in zip(layers, values, strict=True)}
-        bad = [name for name, row in record.items() if not math.isfinite(row["std"])]
-        if bad:
-            self._say(
-                "not finite",
-                f"the input of {len(bad)} layers ({bad[0]} first) held NaN or infinite values in epoch "
-                f"{trainer.current_epoch}; where λ is not finite, R stays as it is",
-            )
-        self.history.append({"epoch": trainer.current_epoch, "layers": record})
-        for logger in trainer.loggers:
-            scalars = {f"{key}/{name}": row[key] for name, row in record.items() for key in ("std", "radius")}
-            logger.log_metrics(scalars, step=trainer.global_step)
+        self._close(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._unhook()
@@ -190,14 +170,12 @@ class FeatureStdRescaling(Callback):
             name = _layer(pom)
             if name in self._metrics:
                 continue
-            pools = pom.layer.conv_groups if pom.layer.kind == "filter" else None
-            metric = self._metrics[name] = FeatureStd(pom.layer.in_channels, pools)
+            metric = self._metrics[name] = FeatureStd(pom.layer.in_channels, _pools(pom))
             if param.device.type == "mps":
                 metric.set_dtype(torch.float32)  # no float64 there
             metric.to(param.device)
-            if name in self._resumed:
-                metric.moments = self._resumed.pop(name).to(metric.moments)
-                metric._update_count = 1
+            if name in self._moments:
+                metric.moments = own_part(self._moments[name]).to(metric.moments)
 
         def update(weight: Tensor, features: Tensor, dim: int) -> None:
             self._metrics[_layer(poms[weight])].update(features, dim=dim)
@@ -213,13 +191,62 @@ class FeatureStdRescaling(Callback):
         if self._reader is not None:
             self._reader.start() if whether else self._reader.stop()
 
-    def _std(self, metric: FeatureStd, pom: POM) -> Tensor | None:
-        """λ of each input channel or conv group, over all processes; None where the layer's input was never seen."""
-        if not metric.update_called:
-            return None
-        std = metric.compute().reshape(-1).to(pom.radius)
-        metric.reset()
-        return std
+    def _gather(self) -> None:
+        """Share what was read with the other processes: one message, so that a checkpoint, saved by one, has it all."""
+        if not self._metrics:
+            return
+        moments = [metric.moments for metric in self._metrics.values()]
+        message = torch.cat([x.to(moments[0]) for x in moments], 1)
+        parts = of_processes(message).split([x.shape[1] for x in moments], 2)
+        self._moments = dict(zip(self._metrics, parts, strict=True))
+
+    def _close(self, trainer: Trainer) -> None:
+        """Compute λ of the epoch, of all that all processes read; a layer may have been used in some of them only."""
+        if not self._open:
+            return
+        self._open = False
+        found: list[tuple[str, Tensor]] = []
+        rows = []
+        for optimizer in trainer.optimizers:
+            for pom in _poms(optimizer).values():
+                name, radius = _layer(pom), pom.radius
+                if name not in self._moments:
+                    continue
+                moments = merge_moments(self._moments[name].to(radius.device))
+                std = standard_deviation(moments, _pools(pom)).to(radius)
+                found.append((name, std))
+                rows.append(torch.stack([moments[0].max().to(radius), std.mean(), radius.mean(), *radius.aminmax()]))
+        if not rows:
+            return
+        pixels = torch.tensor([self._feature_map.get(name, 0) for name, _ in found], device=rows[0].device)
+        largest = of_processes(pixels).amax(0).tolist()  # images may be of another size elsewhere
+        self._feature_map = {name: size for (name, _), size in zip(found, largest, strict=True) if size}
+        layers: dict[str, dict[str, float]] = {}
+        for (name, std), (count, *row) in zip(found, torch.stack(rows).tolist(), strict=True):
+            if count == 0:
+                self._say(name, f"the input of {name} was not seen in any forward pass; its R stays as it is")
+                continue
+            self._last[name] = std
+            # A channel that was dead at first has its λ¹ from the first epoch in which it lives.
+            first = self._first.get(name, std).to(std)
+            self._first[name] = torch.where(first > 0, first, std)
+            layers[name] = dict(zip(("std", "radius", "radius_min", "radius_max"), row, strict=True))
+        for metric in self._metrics.values():
+            metric.reset()
+        self._moments = {}
+        if not layers:
+            return
+        bad = [name for name, row in layers.items() if not math.isfinite(row["std"])]
+        if bad:
+            self._say(
+                "not finite",
+                f"the input of {len(bad)} layers ({bad[0]} first) held NaN or infinite values in epoch {self._epoch}; "
+                "where λ is not finite, R stays as it is",
+            )
+        self.history.append({"epoch": self._epoch, "layers": layers})
+        for logger in trainer.loggers:
+            scalars = {f"{key}/{name}": row[key] for name, row in layers.items() for key in ("std", "radius")}
+            logger.log_metrics(scalars, step=trainer.global_step)
 
     def _unhook(self) -> None:
         self._reads = False
@@ -262,19 +289,22 @@ class FeatureStdRescaling(Callback):
         return {**self.__dict__, "_reader": None, "_reads": False}  # the hooks of a fit are not a copy's
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        moments = {name: m.moments for name, m in self._metrics.items() if m.update_called}
         return {
-            "first": self._first,
-            "last": self._last,
-            "moments": {**self._resumed, **moments},
-            "feature_map": self._feature_map,
-            "history": self.history,
+            "first": dict(self._first),
+            "last": dict(self._last),
+            "moments": dict(self._moments),
+            "feature_map": dict(self._feature_map),
+            "history": list(self.history),
+            "epoch": self._epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._first = dict(state_dict["first"])
         self._last = dict(state_dict["last"])
-        self._resumed = dict(state_dict["moments"])
+        # An earlier version kept those of one process, (3, channels), and not the epoch.
+        self._moments = {name: x.reshape(-1, 3, x.shape[-1]) for name, x in state_dict["moments"].items()}
+        self._epoch = state_dict.get("epoch")
+        self._open = bool(self._moments)
         self._feature_map = dict(state_dict["feature_map"])
         self.history = list(state_dict["history"])
         self._metrics.clear()
@@ -283,6 +313,11 @@ class FeatureStdRescaling(Callback):
 
 def _poms(optimizer: Any) -> Mapping[Tensor, POM]:
     return optimizer.poms if isinstance(optimizer, FGSGD) else {}
+
+
+def _pools(pom: POM) -> int:
+    """How many λ a layer has: one for each input channel, or for blocks one for each conv group."""
+    return pom.layer.conv_groups if pom.layer.kind == "filter" else pom.layer.in_channels
 
 
 def _layer(pom: POM) -> str:
