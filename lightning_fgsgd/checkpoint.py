@@ -51,7 +51,7 @@ def match(states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[
         ValueError: a state belongs to another weight or cutting, or another version of this package wrote it; or a
             parameter is constrained in one of the two only.
     """
-    found = {}
+    found, names = {}, {pom.name for pom in poms.values()}
     for p, state in states:
         mine = poms.get(p)
         if state is None:
@@ -62,6 +62,17 @@ def match(states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[
             raise ValueError(
                 f"state_dict: {state['name']} was constrained when it was saved but is not here; "
                 "make the optimizer with pom_param_groups and the same settings"
+            )
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"state_dict: the products of manifolds of {state['name']} are in format {state.get('format', 1)}, and this "
+                f"version reads format {_FORMAT}; load the model's weights only, and start a new optimizer from them"
+            )
+        # A name that is not known here was changed, by a wrapper or by hand; one that is known belongs to another weight.
+        if state["name"] != mine.name and state["name"] in names:
+            raise ValueError(
+                f"state_dict: where {mine.name} is here, {state['name']} was when it was saved; "
+                "the model must have its parameters in the same order"
             )
         layer = mine.layer
         here = (layer.kind, layer.n, layer.p, layer.count)
@@ -77,11 +88,6 @@ def match(states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[
 
 
 def _load(state: dict[str, Any], cutting: Cutting, weight: Tensor) -> POM:
-    if state.get("format") != _FORMAT:
-        raise ValueError(
-            f"state_dict: the products of manifolds of {state['name']} are in format {state.get('format', 1)}, and this "
-            f"version reads format {_FORMAT}; load the model's weights only, and start a new optimizer from them"
-        )
     like = working(weight)
     upper = None if state["upper"] is None else state["upper"].to(like, copy=True)
     radius = state["radius"].to(like)
