@@ -72,8 +72,11 @@ class NormBoundMonitor(Callback):
         self.history: list[dict[str, Any]] = []
         self.start: dict[str, float] = {}
         self.latest: dict[str, LayerNorms] = {}
-        self._restored = False
         self._epoch: int | None = None  # of the last batch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        if stage == "fit":  # a checkpoint is loaded after this
+            self.history, self.start, self._epoch = [], {}, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if not any(isinstance(o, FGSGD) for o in trainer.optimizers):
@@ -82,9 +85,6 @@ class NormBoundMonitor(Callback):
                 f"NormBoundMonitor reads the manifolds of an FGSGD, and configure_optimizers returned {names}; "
                 "inherit from FGSGDMixin, return an FGSGD, or leave this callback out"
             )
-        if not self._restored:
-            self.history, self.start = [], {}
-        self._restored = False
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -187,7 +187,6 @@ class NormBoundMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self.history, self.start = list(state_dict["history"]), dict(state_dict["start"])
         self._epoch = state_dict.get("epoch")
-        self._restored = True
 
 
 def _constrained(trainer: Trainer) -> Iterator[tuple[FGSGD, Tensor, POM]]:

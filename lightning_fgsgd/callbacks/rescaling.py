@@ -77,7 +77,6 @@ class FeatureStdRescaling(Callback):
         self._reader: FeatureReader | None = None
         self._reads = False
         self._said: set[str] = set()
-        self._restored = False
         self._epoch: int | None = None  # of the last batch
         self._open = False  # whether λ of that epoch is still to be computed
         # By layer: λ of the first epoch and of the last one, for each channel or conv group; moments of the epoch under
@@ -89,6 +88,12 @@ class FeatureStdRescaling(Callback):
 
     # The order of a fit ----------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        if stage == "fit":  # what an earlier fit gathered belongs to other manifolds; a checkpoint is loaded after this
+            for gathered in (self._metrics, self._first, self._last, self._moments, self._feature_map, self.history):
+                gathered.clear()
+            self._epoch, self._open = None, False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         names = ", ".join(type(o).__name__ for o in trainer.optimizers) or "no optimizer"
         if not any(isinstance(o, FGSGD) for o in trainer.optimizers):
@@ -97,11 +102,6 @@ class FeatureStdRescaling(Callback):
                 "inherit from FGSGDMixin, return an FGSGD, or leave this callback out"
             )
         self._said.clear()
-        if not self._restored:  # a fit of its own: what an earlier one gathered belongs to other manifolds
-            for gathered in (self._metrics, self._first, self._last, self._moments, self._feature_map, self.history):
-                gathered.clear()
-            self._open = False
-        self._restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # Not in on_fit_start: POMGrouping may come after this callback and constrain there. Weights that are planned and
@@ -308,7 +308,6 @@ class FeatureStdRescaling(Callback):
         self._feature_map = dict(state_dict["feature_map"])
         self.history = list(state_dict["history"])
         self._metrics.clear()
-        self._restored = True
 
 
 def _poms(optimizer: Any) -> Mapping[Tensor, POM]:
