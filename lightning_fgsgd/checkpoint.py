@@ -120,7 +120,7 @@ def restore_momentum(state_dict: Mapping[str, Any], optimizer: torch.optim.Optim
     """Give the state of half-precision weights its own precision back, which torch casts to theirs, and spread it alike."""
     for packed, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for index, p in zip(packed["params"], group["params"], strict=True):
-            state = optimizer.state[p]
+            state = optimizer.state.get(p, {})
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and value.dtype != state[key].dtype:
                     state[key] = value.to(p.device, copy=True)

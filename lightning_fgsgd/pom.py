@@ -313,15 +313,21 @@ class POM:
 
     @torch.no_grad()
     def project(self, weight: Tensor) -> None:
-        """Bring a stray weight to the nearest point of its manifolds {R q S}, in place.
+        """Bring a stray weight to the nearest point of its manifolds {R q U}, in place.
 
-        The nearest q to v is the unit projection of v · S: on Stiefel the polar factor of vS, whatever the rank of S.
+        The nearest q to v is the unit projection of v · Uᵀ: on Stiefel its polar factor, whatever the rank of U. U and not
+        S, for a direction that U keeps and S counts as zero would be lost, and a step needs it.
         """
         omega, radius = self.cutting.cut(working(weight)).clone(), self.radius[:, None, None]
         for part in self.parts:
-            r = radius[part.members]
-            q = part.manifold.project(part.manifold.scaled(omega[part.members], part.scale) / r)
-            omega[part.members] = part.manifold.scaled(q, part.scale) * r
+            v, r = omega[part.members], radius[part.members]
+            if part.manifold.name == "stiefel" and self.upper is not None:
+                upper = unpack_upper(self.upper, self.cutting, (self.cutting.count,), part.members)
+                upper = wide(expand(upper, self.cutting.p))
+                new = part.manifold.project(wide(v) @ upper.mT) @ upper
+            else:
+                new = part.manifold.scaled(part.manifold.project(part.manifold.scaled(v, part.scale) / r), part.scale)
+            omega[part.members] = new.to(omega) * r
         weight.copy_(self.cutting.join(omega))
 
     @torch.no_grad()

@@ -264,6 +264,36 @@ def test_dead_and_singular_components_stay_where_they_have_no_direction():
     assert rank.tolist() == [[0, 2], [1, 3], [3, 3]]
 
 
+@pytest.mark.parametrize("fused", [False, None])
+@pytest.mark.parametrize("smallest", [1e-3, 1e-4, 1e-5, 1e-6, 0.0])
+def test_a_weight_that_is_nearly_singular_can_be_projected_and_steps_on_as_it_would_have(smallest, fused):
+    model = nn.Conv2d(2, 40, 3, bias=False)
+    with torch.no_grad():
+        u, _, vh = torch.linalg.svd(model.weight.double())
+        model.weight.copy_(u @ torch.diag(torch.tensor([0.12, 0.09, smallest])).double() @ vh)
+    twin = copy.deepcopy(model)
+    for each, projects in ((model, True), (twin, False)):
+        torch.manual_seed(1)
+        optimizer = FGSGD(pom_param_groups(each, manifolds=["stiefel"]), lr=0.1, momentum=0.9, fused=fused)
+        for _ in range(5):
+            random_grads(each)
+            optimizer.step()
+            if projects:
+                optimizer.project()
+        assert optimizer.distance(each.weight) < 1e-5
+    sigma = torch.linalg.svdvals(model.weight.double())
+    torch.testing.assert_close(sigma[..., :2], torch.tensor([0.12, 0.09]).double().expand(40, 2, 2), atol=0, rtol=1e-5)
+    assert (sigma[..., 2] - smallest).abs().max() < 2e-7
+    torch.testing.assert_close(model.weight, twin.weight, atol=1e-5, rtol=0)
+
+
+def test_a_state_without_momentum_is_loaded_as_it_is():
+    optimizer = FGSGD(pom_param_groups(net()), lr=0.1)
+    before = optimizer.state_dict()["state"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state_dict()["state"] == before == {}
+
+
 def test_a_closure_is_evaluated_with_gradients():
     model = net()
     optimizer = FGSGD(pom_param_groups(model), lr=0.1)
