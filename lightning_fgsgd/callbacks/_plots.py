@@ -11,7 +11,7 @@ _BOUNDS = {"neyshabur2015": "Neyshabur 2015", "bartlett2017": "Bartlett 2017", "
 
 
 def plot_norms(history: list[dict[str, Any]], start: dict[str, float]) -> Any:
-    """Bounds over the looks of ``history`` (start dashed), and the norms by layer at the last one."""
+    """Bounds over the looks of ``history`` (start dashed, where it is known), and the norms by layer at the last one."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -27,7 +27,8 @@ def plot_norms(history: list[dict[str, Any]], start: dict[str, float]) -> Any:
     steps = [look["step"] for look in history]
     for i, (name, label) in enumerate(_BOUNDS.items()):
         bounds.plot(steps, [look["network"][name] for look in history], f"C{i}.-", label=label)
-        bounds.axhline(start[name], color=f"C{i}", linestyle="--", linewidth=1)
+        if name in start:
+            bounds.axhline(start[name], color=f"C{i}", linestyle="--", linewidth=1)
     bounds.set(xlabel="step", ylabel="natural logarithm")
     bounds.set_title("Bounds of Table 1\n(dashed: the weights before the start)")
     bounds.legend(fontsize=8)

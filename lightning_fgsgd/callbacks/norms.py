@@ -47,7 +47,9 @@ class NormBoundMonitor(Callback):
     Attributes:
         history: for each look a dict with ``"epoch"``, ``"step"``, ``"layers"`` (layer to name to value) and ``"network"``
             (name to value).
-        start: the bounds before the weights were placed, by name.
+        start: the bounds before the weights were placed, by name. Empty where these are gone: in a fit resumed from a
+            checkpoint that this callback has no part in, and with ``"project"`` or ``"random"`` after a finder of learning
+            rates or batch sizes.
         latest: the norms of every component and group at the last look, by layer; on the CPU, and not in checkpoints.
 
     Raises:
@@ -89,18 +91,20 @@ class NormBoundMonitor(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # Not in on_fit_start: POMGrouping may come after this callback and constrain there.
-        if self.start:
+        if self.history:
             if self._epoch is None:  # an earlier version did not keep it
                 self._epoch = trainer.current_epoch
             # From a checkpoint of the last batch of an epoch Lightning goes on with the next, without a hook between.
             if trainer.current_epoch > self._epoch:
                 self.on_train_epoch_end(trainer, pl_module)
             return
-        groups = [
-            group_norms(pom.cutting.cut(working(whole_of(optimizer.unplaced(p)))), pom.sets.group.long())
-            for optimizer, p, pom in _constrained(trainer)
-        ]
-        self.start = self._bounds(trainer, pl_module, groups)
+        constrained = list(_constrained(trainer))
+        if trainer.global_step == 0 and all(o.has_unplaced(p) or pom.start == "preserve" for o, p, pom in constrained):
+            groups = [
+                group_norms(pom.cutting.cut(working(whole_of(optimizer.unplaced(p)))), pom.sets.group.long())
+                for optimizer, p, pom in constrained
+            ]
+            self.start = self._bounds(trainer, pl_module, groups)
         self._epoch = trainer.current_epoch
         self._look(trainer, pl_module)
 
@@ -133,7 +137,7 @@ class NormBoundMonitor(Callback):
         }
         layers = {name: norms.largest() | norms.checks() for name, norms in self.latest.items()}
         network = self._bounds(trainer, pl_module, [norms.groups for norms in self.latest.values()])
-        if layers:  # there are none while all constrained weights are frozen
+        if layers:  # none as long as all that is constrained is frozen
             network |= {check: min(row[check] for row in layers.values()) for check in CHECKS}
         self.history.append({"epoch": self._epoch, "step": trainer.global_step, "layers": layers, "network": network})
         scalars = {f"norms/{layer}/{name}": value for layer, row in layers.items() for name, value in row.items()}
