@@ -32,9 +32,9 @@ class FeatureStdRescaling(Callback):
     During training, forward hooks stream each constrained layer's input into a :class:`~lightning_fgsgd.FeatureStd`: one λ
     per input channel for kernels, one over the fan-in (of the conv group) for blocks. Weights that are used without a call
     of their layer are read too (:class:`~lightning_fgsgd.features.FeatureReader`); where a layer's features cannot be seen,
-    that is said once and its R stays; so it is where features are NaN or infinite. When the next epoch starts (so that
-    what was validated and saved is what was trained), R = γ/λ is set, or with ``start="preserve"`` R = λ¹/λ, where λ¹
-    belongs to the first epoch that was gathered. Sanity checking and validation are not read.
+    that is said once and its R stays; so it is where features are NaN or infinite. Before the first batch of the next
+    epoch (so that what was validated, saved and averaged is what was trained), R = γ/λ is set, or with ``start="preserve"``
+    R = λ¹/λ, where λ¹ belongs to the first epoch that was gathered. Sanity checking and validation are not read.
 
     Batch norm's running statistics belong to the weights before a rescale, and follow within a few steps of training; to
     evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``.
@@ -104,9 +104,8 @@ class FeatureStdRescaling(Callback):
         self._said.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        # Not in on_fit_start: POMGrouping may come after this callback and constrain there. Weights that are planned and
-        # frozen are enough: they may be unfrozen later.
-        if not any(isinstance(o, FGSGD) and o._plan.weights for o in trainer.optimizers):
+        # Not in on_fit_start: POMGrouping may come after this callback and constrain there. Frozen weights come later.
+        if not any(isinstance(o, FGSGD) and (o.poms or o._plan.weights) for o in trainer.optimizers):
             raise MisconfigurationException(
                 "FeatureStdRescaling: no weight of the FGSGD is on a product of manifolds; add POMGrouping() to the "
                 "callbacks, or give FGSGD the groups of pom_param_groups"
@@ -117,13 +116,15 @@ class FeatureStdRescaling(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._watch(trainer, pl_module)
-        self._rescale(trainer)
 
     def on_train_batch_start(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._reader is None:  # a fit resumed without the start of an epoch
             self._watch(trainer, pl_module)
+        # Not when the epoch starts: other callbacks freeze, load and average weights there, before us or after us. The epoch
+        # that StochasticWeightAveraging adds takes no step; its average is not what R was gathered for.
+        if self._last and not getattr(trainer.fit_loop, "_skip_backward", False):
             self._rescale(trainer)
         self._epoch, self._open = trainer.current_epoch, True
         self._reads = batch_idx % self.every_n_batches == 0
