@@ -34,6 +34,9 @@ class FGSGD(torch.optim.Optimizer):
     Parameters that are not constrained are stepped exactly as :class:`torch.optim.SGD` steps them, by torch's own code.
     Weight decay does not act on constrained components: the gradient of ‖ω‖² is normal to all three manifolds.
 
+    With ``DistributedDataParallel``, make the optimizer after the model is wrapped: wrapping sends round the weights of the
+    first process, and only then do all of them take the same manifolds from the weights. Lightning does so.
+
     Args:
         params: what :func:`~lightning_fgsgd.pom_param_groups` returns, which puts the weights onto their manifolds here,
             once; or anything that ``torch.optim.SGD`` takes, which constrains nothing until :meth:`constrain`.

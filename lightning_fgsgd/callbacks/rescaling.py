@@ -35,6 +35,7 @@ class FeatureStdRescaling(Callback):
     that is said once and its R stays; so it is where features are NaN or infinite. Before the first batch of the next
     epoch (so that what was validated, saved and averaged is what was trained), R = γ/λ is set, or with ``start="preserve"``
     R = λ¹/λ, where λ¹ belongs to the first epoch that was gathered. Sanity checking and validation are not read.
+    Several processes share what they read after every batch that is read, so λ, and a checkpoint at any moment, has all.
 
     Batch norm's running statistics belong to the weights before a rescale, and follow within a few steps of training; to
     evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``.
