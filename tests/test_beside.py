@@ -209,7 +209,8 @@ class RateFinder(Watched, LearningRateFinder):
 
 class SizeFinder(Watched, BatchSizeFinder):
     def __init__(self, mode):
-        super().__init__(mode, steps_per_trial=2, init_val=2, max_trials=3, margin=0.0)
+        super().__init__(mode, steps_per_trial=2, init_val=2, max_trials=3)
+        self._margin = 0.0  # of a newer Lightning: what it takes off the size that it found
 
     def on_fit_start(self, trainer, pl_module):
         self.watch(lambda: self.scale_batch_size(trainer, pl_module), trainer)
@@ -255,10 +256,10 @@ def test_the_search_for_a_batch_size_leaves_no_trace_and_the_fit_is_one_with_tha
     finder, module = SizeFinder(mode), lit(batch_size=4)
     fit = trainer(tmp_path, *ours(start), finder, max_epochs=2)
     fit.fit(module)
-    assert module.batch_size == finder.optimal_batch_size == 8
+    assert module.batch_size == finder.optimal_batch_size in (8, 16)  # an older Lightning stops one later
     assert equal(finder.before, finder.after)
     plain = trainer(tmp_path, *ours(start), max_epochs=2)
-    plain.fit(lit(batch_size=8))
+    plain.fit(lit(batch_size=module.batch_size))
     assert equal(state(fit), state(plain))
     assert worst(fit.optimizers[0]) < 1e-5
 
@@ -711,7 +712,7 @@ if hasattr(timm.scheduler, "WSDLRScheduler"):  # of a newer timm
 PARAMETERS = "lr", "momentum"
 
 
-def rates_of_sgd(make, by_epoch):
+def rates_of_sgd(make):
     """Learning rate and momentum of two groups in every step of torch's SGD, in a plain loop."""
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
@@ -735,6 +736,21 @@ def two_groups(module):
     assert len(groups) == 2
     groups[1]["lr"] = 0.02
     return FGSGD(groups, lr=0.1, momentum=0.9)
+
+
+def trained_in_a_plain_loop(rates):
+    torch.manual_seed(0)
+    module = LitTiny()
+    optimizer, rates = two_groups(module), iter(rates)
+    for _ in range(EPOCHS):
+        for x, y in loader():
+            for group, values in zip(optimizer.param_groups, next(rates), strict=True):
+                group.update(zip(PARAMETERS, values, strict=True))
+            optimizer.zero_grad()
+            cross_entropy(module.model(x), y).backward()
+            optimizer.step()
+    assert worst(optimizer) < 1e-5
+    return module
 
 
 @pytest.mark.parametrize("name", [*BY_STEP, *BY_EPOCH])
@@ -768,22 +784,13 @@ def test_every_scheduler_gives_the_rates_that_it_gives_sgd_and_each_step_is_take
 
     torch.manual_seed(0)
     module = Scheduled()
-    twin = copy.deepcopy(module)
     trainer(tmp_path, max_epochs=EPOCHS).fit(module, loader())
-    expected = rates_of_sgd(make, by_epoch)
+    expected = rates_of_sgd(make)
     assert found == expected
     assert len({row[0][0] for row in found}) > 1
-    optimizer = two_groups(twin)
-    rates = iter(expected)
-    for _ in range(EPOCHS):
-        for x, y in loader():
-            for group, values in zip(optimizer.param_groups, next(rates), strict=True):
-                group.update(zip(PARAMETERS, values, strict=True))
-            optimizer.zero_grad()
-            cross_entropy(twin.model(x), y).backward()
-            optimizer.step()
-    assert same(module, twin)
-    assert worst(optimizer) < 1e-5
+    assert same(module, trained_in_a_plain_loop(expected))
+    constant = trained_in_a_plain_loop([[(0.1, row[0][1]), row[1]] for row in expected])
+    assert not torch.equal(module.model.conv.weight, constant.model.conv.weight)
 
 
 def test_no_scheduler_of_torch_or_timm_is_missing():
