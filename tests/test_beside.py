@@ -279,6 +279,33 @@ def test_a_tuner_finds_a_rate_for_a_fit_of_its_own_and_layer_decay_holds_in_it(t
     assert {0.5, 1.0} < rates
 
 
+def test_the_search_in_a_fit_sets_one_rate_for_all_groups_whatever_their_layer_decay(tmp_path):
+    pytest.importorskip("pytorch_lightning.callbacks.weight_averaging", reason="an older Lightning sets none")
+    finder = RateFinder(0)
+    fit = trainer(tmp_path, *ours(layer_decay=0.5), finder, max_epochs=4)
+    fit.fit(lit("test_vit", batch_size=3))
+    assert len(fit.optimizers[0].param_groups) > 2
+    assert {group["lr"] for group in fit.optimizers[0].param_groups} == {finder.optimal_lr.suggestion()}
+
+
+def test_the_search_comes_before_the_grouping_callback_constrains_an_optimizer_that_was_made_without_it(tmp_path):
+    class Own(Lit):
+        def configure_optimizers(self):
+            return FGSGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    class Constrained(RateFinder):
+        def on_fit_start(self, trainer, pl_module):
+            self.constrained = len(trainer.optimizers[0].poms)
+            super().on_fit_start(trainer, pl_module)
+
+    for module, expected in (Own, 0), (Lit, 15):
+        finder = Constrained(0)
+        fit = trainer(tmp_path, *ours(), finder, max_epochs=3)
+        fit.fit(module(batch_size=3))
+        assert finder.constrained == expected
+        assert len(fit.optimizers[0].poms) == 15
+
+
 @pytest.mark.parametrize("start", ["project", "random"])
 def test_a_tuner_leaves_the_weights_on_their_manifolds_where_the_start_moves_them(tmp_path, start):
     module = lit()
@@ -366,6 +393,20 @@ def test_what_swa_leaves_is_the_mean_of_trained_weights_off_the_manifolds_until_
     free = {p for p in module.parameters() if p not in optimizer.poms}
     for p, before in zip(module.parameters(), left, strict=True):
         assert torch.equal(p, before) == (p in free)
+
+
+@pytest.mark.parametrize("start", ["project", "random"])
+def test_an_average_from_before_the_first_rescale_is_far_from_the_manifolds_and_one_from_after_it_is_near(
+    tmp_path, start
+):
+    def distance(swa_epoch_start):
+        averaging = AverageOnly(swa_lrs=0.05, swa_epoch_start=swa_epoch_start, annealing_epochs=1)
+        fit = trainer(tmp_path, *ours(start), averaging, max_epochs=5, limit_val_batches=0)
+        fit.fit(lit())
+        return worst(fit.optimizers[0])
+
+    assert distance(2) > 10  # the weights that the first epoch left are at R = 1, those of the others at γ/λ
+    assert distance(3) < 0.1
 
 
 def test_with_batch_norm_and_no_validation_swa_itself_takes_one_more_step_on_the_average_with_sgd_too(tmp_path):
