@@ -99,7 +99,8 @@ class NormBoundMonitor(Callback):
                 self.on_train_epoch_end(trainer, pl_module)
             return
         constrained = list(_constrained(trainer))
-        if trainer.global_step == 0 and all(o.has_unplaced(p) or pom.start == "preserve" for o, p, pom in constrained):
+        resumed = trainer.global_step > 0 and trainer.ckpt_path is not None
+        if not resumed and all(o.has_unplaced(p) or pom.start == "preserve" for o, p, pom in constrained):
             groups = [
                 group_norms(pom.cutting.cut(working(whole_of(optimizer.unplaced(p)))), pom.sets.group.long())
                 for optimizer, p, pom in constrained
