@@ -53,7 +53,7 @@ def print_summary(console: Console, optimizer: Any, accuracy: float, files: Mapp
 
 def plot_learning_curve(epochs: list[dict[str, float]], path: Path) -> Path:
     """Losses and validation accuracy by epoch."""
-    figure, axes = _figure(2)
+    figure, axes = figure_of(2)
     for axis, names, label in zip(
         axes, (("train_loss", "val_loss"), ("val_accuracy",)), ("cross entropy", "accuracy"), strict=True
     ):
@@ -72,7 +72,7 @@ def plot_layers(history: list[dict[str, Any]], key: str, label: str, path: Path)
 
     layers = [layer for layer in history[0]["layers"] if layer in history[-1]["layers"]]
     values = [[max(row["layers"][layer][key], 1e-12) for row in history] for layer in layers]
-    figure, (axis,) = _figure(1, height=max(3.0, 0.16 * len(layers)))
+    figure, (axis,) = figure_of(1, height=max(3.0, 0.16 * len(layers)))
     first, last = history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5
     flat = [v for row in values for v in row]
     norm = LogNorm(min(flat), max(max(flat), min(flat) * 1.001))
@@ -85,10 +85,11 @@ def plot_layers(history: list[dict[str, Any]], key: str, label: str, path: Path)
     return path
 
 
-def _figure(columns: int, height: float = 3.5) -> tuple[Any, Any]:
+def figure_of(columns: int, height: float = 3.5, width: float | None = None) -> tuple[Any, Any]:
+    """A figure with so many axes side by side, in inches; it needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * columns + 1.5, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width or 4.5 * columns + 1.5, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]

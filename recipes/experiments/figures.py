@@ -1,0 +1,102 @@
+"""The figures of an experiment: errors by arm, learning curves, and a watched run's norms, bounds, λ and R."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning_fgsgd import NormBoundMonitor
+from recipes.experiments.summary import Row, interval
+from recipes.report import figure_of, plot_layers
+
+MOST_CURVES = 8
+
+
+def plot_errors(errors: Mapping[str, Mapping[int, float]], reference: str, path: Path) -> Path:
+    """Test error of every run, one line an arm, with the mean and its 95 % interval; the reference's mean as a line.
+
+    Args:
+        errors: by arm and seed, in %; runs that diverged are left out.
+        reference: the arm that is drawn through.
+        path: where to save.
+    """
+    ended = {arm: [e for e in runs.values() if e is not None and math.isfinite(e)] for arm, runs in errors.items()}
+    ended = {arm: runs for arm, runs in ended.items() if runs}
+    figure, (axis,) = figure_of(1, width=8.0, height=1.2 + 0.28 * len(ended))
+    for y, (arm, runs) in enumerate(ended.items()):
+        colour = "C1" if arm == reference else "C0"
+        axis.plot(runs, [y] * len(runs), "o", color=colour, alpha=0.4, markersize=4)
+        low, high = interval(runs)
+        if math.isfinite(low):
+            axis.plot([low, high], [y, y], color=colour, linewidth=1.5)
+        axis.plot([fmean(runs)], [y], "|", color=colour, markersize=12, markeredgewidth=2)
+    if reference in ended:
+        axis.axvline(fmean(ended[reference]), color="C1", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="test error, % (a dot a seed; mean and its 95 % interval)", ylim=(len(ended) - 0.5, -0.5))
+    axis.set_yticks(range(len(ended)), list(ended), fontsize=8)
+    axis.grid(axis="x", linewidth=0.3)
+    figure.savefig(path)
+    return path
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[Sequence[Row]]], summary: Sequence[Row], reference: str, path: Path
+) -> Path:
+    """Training loss and validation error over epochs, means over seeds: the reference and the best arms.
+
+    Args:
+        curves: by arm, those of its runs.
+        summary: of the arms, for which ones are the best.
+        reference: the arm that is always drawn.
+        path: where to save.
+    """
+    best = sorted(
+        summary, key=lambda row: row["test_error_mean"] if math.isfinite(row["test_error_mean"]) else math.inf
+    )
+    names = [row["arm"] for row in best if row["arm"] != reference][: MOST_CURVES - 1]
+    figure, axes = figure_of(2, width=12.0, height=4.5)
+    for arm in (name for name in curves if name in (reference, *names)):
+        for axis, column in zip(axes, ("train_loss", "val_error"), strict=True):
+            points = _mean_by_epoch(curves[arm], column)
+            style = {"color": "black", "linewidth": 2} if arm == reference else {"linewidth": 1}
+            axis.plot(list(points), list(points.values()), label=arm, marker=".", **style)
+    axes[0].set(xlabel="epoch", ylabel="training loss, nats", yscale="log")
+    axes[1].set(xlabel="epoch", ylabel="validation error, %", yscale="log")
+    axes[1].legend(fontsize=7)
+    figure.savefig(path)
+    return path
+
+
+def plot_history(history: Mapping[str, Any], title: str, file: Path) -> list[Path]:
+    """Norms and bounds, λ and R by layer and epoch of one run, beside the file that they were read from.
+
+    Args:
+        history: what a watched run left, see :func:`~recipes.experiments.training.train`.
+        title: names the run.
+        file: ``history/<key>.json``.
+    """
+    drawn = []
+    if history.get("norms", {}).get("history"):
+        monitor = NormBoundMonitor()
+        monitor.load_state_dict({**history["norms"], "epoch": None})
+        figure = monitor.plot()
+        figure.suptitle(title)
+        drawn.append(file.with_name(f"{file.stem}_norms.png"))
+        figure.savefig(drawn[-1])
+    if history.get("rescaling"):
+        for key, label in (("std", "feature std λ"), ("radius", "R")):
+            path = file.with_name(f"{file.stem}_{key}.png")
+            drawn.append(plot_layers(history["rescaling"], key, f"{label}: {title}", path))
+    return drawn
+
+
+def _mean_by_epoch(curves: Sequence[Sequence[Row]], column: str) -> dict[int, float]:
+    values: dict[int, list[float]] = {}
+    for curve in curves:
+        for row in curve:
+            if row[column] is not None and math.isfinite(row[column]):
+                values.setdefault(int(row["epoch"]), []).append(row[column])
+    return {epoch: fmean(values[epoch]) for epoch in sorted(values)}

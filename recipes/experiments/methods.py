@@ -1,0 +1,164 @@
+"""The methods that the experiments compare: FG-SGD, and what it is measured against.
+
+Each baseline is a function of the network and its options that returns a torch optimizer, or, where the method changes the
+network's parameters (weight normalisation, geoopt), changes them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim import Optimizer
+
+CONSTRAINABLE = (nn.Conv2d, nn.Linear)
+
+
+def sgd(
+    net: nn.Module,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+) -> Optimizer:
+    """torch's SGD; with ``layer_decay``, timm's rates that fall from the head to the input.
+
+    Args:
+        net: the network.
+        lr, momentum, nesterov, weight_decay: of ``torch.optim.SGD``.
+        layer_decay: factor from each layer to the one before it.
+    """
+    groups: Any = net.parameters()
+    if layer_decay is not None:
+        groups = param_groups_layer_decay(net, weight_decay, layer_decay=layer_decay)
+        groups = [{"params": g["params"], "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups]
+    return torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+class L2SP(torch.optim.SGD):
+    """SGD that decays each weight towards where it started (L2-SP, Li et al. 2018), and new ones towards 0.
+
+    Args:
+        params: as of ``torch.optim.SGD``.
+        alpha: strength of the pull towards the start: alpha * (w − w⁰) is added to the gradient.
+        new: parameters with no start to keep; ``weight_decay`` acts on them alone.
+        options: of ``torch.optim.SGD``.
+    """
+
+    def __init__(self, params: Any, *, alpha: float, new: Collection[Tensor], **options: Any) -> None:
+        super().__init__(params, **options)
+        self.alpha = alpha
+        self._starts = [(p, p.detach().clone()) for group in self.param_groups for p in group["params"] if p not in new]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; the closure's gradients are those that the pull is added to."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for p, start in self._starts:
+                if p.grad is not None:
+                    p.grad.add_(p - start, alpha=self.alpha)
+        super().step()
+        return loss
+
+
+def l2sp(
+    net: nn.Module, lr: float, alpha: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+) -> Optimizer:
+    """SGD with a pull of strength ``alpha`` towards the pretrained weights; ``weight_decay`` is of the new head alone."""
+    head = set(_head(net).parameters())
+    groups = [
+        {"params": [p for p in net.parameters() if p not in head], "weight_decay": 0.0},
+        {"params": list(head), "weight_decay": weight_decay},
+    ]
+    return L2SP(groups, alpha=alpha, new=head, lr=lr, momentum=momentum, nesterov=nesterov)
+
+
+def weight_norm(net: nn.Module, **options: Any) -> Optimizer:
+    """torch's SGD on weights written as w = g v/‖v‖ by output channel (Salimans & Kingma 2016); not the head's."""
+    for layer in _constrainable(net):
+        parametrizations.weight_norm(layer)
+    return sgd(net, **options)
+
+
+def adamw(net: nn.Module, lr: float, weight_decay: float = 0.01) -> Optimizer:
+    """torch's AdamW."""
+    return torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay)
+
+
+def muon(
+    net: nn.Module, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, adamw_lr: float = 1e-3
+) -> Optimizer:
+    """timm's Muon on the kernels and matrices of all layers but the head, its AdamW on the rest."""
+    try:
+        from timm.optim import Muon  # type: ignore[attr-defined,unused-ignore]
+    except ImportError as error:
+        raise ImportError("method: muon needs a timm that has timm.optim.Muon, 1.0.20 or newer") from error
+    weights = [layer.weight for layer in _constrainable(net)]
+    rest = [p for p in net.parameters() if not any(p is w for w in weights)]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "use_fallback": False},
+        {"params": rest, "use_fallback": True, "lr": adamw_lr},
+    ]
+    optimizer: Optimizer = Muon(groups, lr=lr, weight_decay=weight_decay, momentum=momentum)
+    return optimizer
+
+
+class _Reshaped(nn.Module):
+    """The weight of a layer from an n x p matrix with orthonormal columns: (D, fan-in), turned where D > fan-in."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.turned = weight[0].numel() >= len(weight)
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return (matrix.mT if self.turned else matrix).reshape(self.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        matrix = weight.reshape(len(weight), -1)
+        return matrix.mT if self.turned else matrix
+
+
+def geoopt_stiefel(net: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> Optimizer:
+    """geoopt's RiemannianSGD with the whole weight of each layer but the head on a Stiefel manifold."""
+    import geoopt
+
+    manifold = geoopt.EuclideanStiefel()
+    weights: list[Tensor] = []
+    for layer in _constrainable(net):
+        parametrize.register_parametrization(layer, "weight", _Reshaped(layer.weight))
+        held: Any = layer.parametrizations
+        matrix = manifold.projx(held.weight.original.detach().clone().contiguous())
+        held.weight.original = geoopt.ManifoldParameter(matrix, manifold=manifold)
+        weights.append(held.weight.original)
+    rest = [p for p in net.parameters() if not any(p is w for w in weights)]
+    groups = [{"params": weights}, {"params": rest, "weight_decay": weight_decay}]
+    optimizer: Optimizer = geoopt.optim.RiemannianSGD(groups, lr=lr, momentum=momentum, stabilize=10)
+    return optimizer
+
+
+BASELINES: dict[str, Callable[..., Optimizer]] = {
+    "sgd": sgd,
+    "l2sp": l2sp,
+    "weight_norm": weight_norm,
+    "adamw": adamw,
+    "muon": muon,
+    "geoopt_stiefel": geoopt_stiefel,
+}
+
+
+def _head(net: nn.Module) -> nn.Module:
+    return net.get_classifier()  # type: ignore[operator]
+
+
+def _constrainable(net: nn.Module) -> list[Any]:
+    head = set(_head(net).modules())
+    return [m for m in net.modules() if isinstance(m, CONSTRAINABLE) and m not in head]

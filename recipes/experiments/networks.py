@@ -1,0 +1,70 @@
+"""The networks of the experiments: a small residual network to train from scratch, or a pretrained timm model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import timm
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+from recipes.model import load_weights
+
+
+def build(num_classes: int, name: str, pretrained: bool | str = False, **options: Any) -> nn.Module:
+    """``"cifar_resnet"`` with its options, or a timm model by its name; with a new head, but for the former's own.
+
+    Args:
+        num_classes: outputs of the network.
+        name: of the network.
+        pretrained: as in :class:`recipes.model.LitClassifier`.
+        options: of :func:`cifar_resnet`, or of ``timm.create_model``.
+    """
+    if name == "cifar_resnet":
+        return cifar_resnet(num_classes, **options)
+    net: Any = timm.create_model(name, pretrained=pretrained is True, **options)
+    if isinstance(pretrained, str):
+        load_weights(net, pretrained)
+    return net
+
+
+def cifar_resnet(
+    num_classes: int,
+    blocks: Sequence[int] = (1, 1, 1),
+    channels: Sequence[int] = (16, 32, 64),
+    stem_stride: int = 1,
+    in_chans: int = 1,
+    **options: Any,
+) -> nn.Module:
+    """timm's ResNet for small images: a 3x3 convolution and no pooling before the stages, two convolutions a block.
+
+    Args:
+        num_classes: outputs.
+        blocks: basic blocks in each stage, three or four stages; the depth is 2 * sum(blocks) + 2.
+        channels: of each stage.
+        stem_stride: of the first convolution.
+        in_chans: channels of the images.
+        options: further ones of timm's ResNet.
+    """
+    if len(blocks) != len(channels) or len(blocks) not in (3, 4):
+        raise ValueError(
+            f"network: blocks {list(blocks)} and channels {list(channels)} are not of three or four stages"
+        )
+    # timm gives the stages what its deep stem puts out: that one is replaced at once by a single convolution.
+    net: Any = ResNet(
+        BasicBlock,  # type: ignore[arg-type,unused-ignore]  # an instance, says timm's annotation
+        tuple(blocks),
+        num_classes=num_classes,
+        in_chans=in_chans,
+        channels=tuple(channels),
+        stem_type="deep",
+        stem_width=channels[0] // 2,
+        **options,
+    )
+    net.conv1 = nn.Conv2d(in_chans, channels[0], 3, stem_stride, 1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+    if len(blocks) == 3:
+        net.layer4 = nn.Identity()
+    return cast(nn.Module, net)

@@ -1,0 +1,159 @@
+"""The report of an experiment: its tables in Markdown, and its figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.experiments import figures
+from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curves, summarise, tuned
+
+SHORT = {"sphere": "Sp", "oblique": "Ob", "stiefel": "St", "euclidean": "Euc"}
+MEASURED = {
+    "agreement": "agreement, %",
+    "agreement_recalibrated": "agreement, norms recalibrated, %",
+    "divergence": "divergence, nats",
+    "drift": "drift, photographs",
+    "drift_task": "drift, task",
+}
+
+
+def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
+    """Write ``report.md`` and the figures of what has been run; an experiment that is not finished has a report too.
+
+    Args:
+        folder: with ``runs.csv`` and what else the runner wrote.
+        spec: of the experiment, see :mod:`~recipes.experiments.spec`.
+
+    Returns:
+        The files, none where nothing has been run.
+    """
+    rows = read(folder)
+    if not rows:
+        return []
+    summary = summarise(rows, spec)
+    drawn = _figures(folder, spec, rows, summary)
+    parts = [f"# {spec['name']}", _origin(spec, rows)]
+    if summary:
+        parts += ["## Test error", table(summary, spec), paper_table(summary, spec)]
+    if any(isinstance(row["agreement"], float) for row in rows):
+        parts += ["## What is forgotten", forgetting_table(summary)]
+    parts += ["## Tuning", tuning_table(rows, spec)] if tuned(rows, spec) else []
+    missing = [arm for arm in spec["arms"] if not finals(rows, arm)]
+    if missing:
+        parts.append(f"Not run: {', '.join(missing)}.")
+    parts += [f"![{path.stem}]({path.relative_to(folder).as_posix()})" for path in drawn]
+    report = folder / "report.md"
+    report.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return [report, *drawn]
+
+
+def table(summary: Sequence[Row], spec: Mapping[str, Any]) -> str:
+    """Test error by arm, and its difference to the reference's on the same seeds."""
+    reference = spec["reference"]
+    lines = []
+    for row in summary:
+        compared = ["", "", ""]
+        if row["shared"]:
+            compared = [
+                f"{row['difference']:+.2f}",
+                f"{row['low']:+.2f} to {row['high']:+.2f}" if math.isfinite(row["low"]) else "-",
+                f"{row['relative']:+.1f}",
+            ]
+        seeds = f"{len(row['seeds'])}" + (f" ({len(row['diverged'])} diverged)" if row["diverged"] else "")
+        lines.append([row["arm"], _spread(row, "test_error"), *compared, _spread(row, "val_error"), seeds])
+    head = ["arm", "test error, %", f"− {reference}", "95 % interval", "relative, %", "validation error, %", "seeds"]
+    return _markdown(head, lines)
+
+
+def paper_table(summary: Sequence[Row], spec: Mapping[str, Any]) -> str:
+    """Test error by set of manifolds and scheme, as the paper has it, of the arms that say ``layout: true``."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in summary:
+        options = spec["arms"][row["arm"]]
+        if not options.get("layout"):
+            continue
+        manifolds = tuple(name for name in SHORT if name in options.get("manifolds", ()))
+        column = "alone" if len(manifolds) < 2 else options.get("scheme", "pio").upper()
+        cells.setdefault(manifolds, {})[column] = f"{_spread(row, 'test_error')} ({len(row['seeds'])})"
+    columns = ("alone", "PI", "PO", "PIO")
+    lines = [
+        ["+".join(SHORT[m] for m in manifolds) or "Euclidean", *(cells[manifolds].get(c, "") for c in columns)]
+        for manifolds in sorted(cells, key=lambda m: (len(m), [list(SHORT).index(n) for n in m]))
+    ]
+    note = "The same by manifolds and scheme, test error in % (number of seeds):\n\n"
+    return note + _markdown(["", *columns], lines) if lines else ""
+
+
+def forgetting_table(summary: Sequence[Row]) -> str:
+    """What the pretrained network has lost, by arm."""
+    measured = [name for name in FORGETTING if any(math.isfinite(row[f"{name}_mean"]) for row in summary)]
+    lines = [[row["arm"], *(_spread(row, name) for name in measured), str(len(row["seeds"]))] for row in summary]
+    return _markdown(["arm", *(MEASURED[name] for name in measured), "seeds"], lines)
+
+
+def tuning_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
+    """What was tried and what was chosen on the validation images of the tuning seeds."""
+    lines = []
+    for row in tuned(rows, spec):
+        grid = "; ".join(f"{name} {', '.join(map(_short, values))}" for name, values in row["grid"].items())
+        chosen = "not decided"
+        if "chosen" in row:
+            chosen = "; ".join(
+                f"{name} {_short(value)}" + (" (an end of its grid)" if name in row["edges"] else "")
+                for name, value in row["chosen"].items()
+            )
+        error = f"{row['val_error']:.2f}" if "chosen" in row else ""
+        lines.append([row["arm"], grid, chosen, error, str(row["runs"])])
+    return _markdown(["arm", "tried", "chosen", "validation error, %", "runs"], lines)
+
+
+def _origin(spec: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    versions = sorted({", ".join(f"{name} {v}" for name, v in row["versions"].items()) for row in rows})
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    budget = {name: value for name, value in spec["common"].items() if name != "validate_every"}
+    tuning = f"; tuning seeds {', '.join(map(str, spec['tuning_seeds']))}" if spec["tuning_seeds"] else ""
+    return (
+        f"`python -m recipes.experiments recipes/configs/experiments/{spec['name']}.yaml --root <folder of IDX files>`\n\n"
+        f"All arms: `{json.dumps(budget)}`. Seeds {', '.join(map(str, spec['seeds']))}{tuning}. Means ± standard deviations "
+        f"over seeds; differences are paired by seed. {len(rows)} runs, {sum(r['seconds'] for r in rows) / 3600:.1f} hours, "
+        f"on {devices}; commits {commits}; {'; '.join(versions)}."
+    )
+
+
+def _figures(folder: Path, spec: Mapping[str, Any], rows: Sequence[Row], summary: Sequence[Row]) -> list[Path]:
+    drawn = []
+    if summary:
+        errors = {row["arm"]: {s: r["test_error"] for s, r in finals(rows, row["arm"]).items()} for row in summary}
+        drawn.append(figures.plot_errors(errors, spec["reference"], folder / "errors.png"))
+        curves = read_curves(folder)
+        by_arm = {arm: [curves[r["key"]] for r in finals(rows, arm).values() if r["key"] in curves] for arm in errors}
+        drawn.append(figures.plot_curves(by_arm, summary, spec["reference"], folder / "curves.png"))
+    for arm in spec["arms"]:
+        for row in finals(rows, arm).values():
+            file = folder / "history" / f"{row['key']}.json"
+            if file.is_file():
+                drawn += figures.plot_history(json.loads(file.read_text()), f"{arm}, seed {row['seed']:.0f}", file)
+                break  # one of an arm is enough to look at
+    return drawn
+
+
+def _spread(row: Row, name: str) -> str:
+    mean, std = row[f"{name}_mean"], row[f"{name}_std"]
+    if not math.isfinite(mean):
+        return "-"
+    digits = 3 if name in ("divergence", "drift", "drift_task") else 2
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if math.isfinite(std) else "")
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

