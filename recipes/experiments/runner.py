@@ -8,8 +8,9 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -54,9 +55,7 @@ def run_all(spec: Mapping[str, Any], folder: Path, root: str, workers: int, devi
     failed: list[tuple[Run, BaseException]] = []
     with (
         _progress() as progress,
-        ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-        ) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(threads,)) as pool,
     ):
         bar = progress.add_task(spec["name"], total=None)
         free = deque(devices[i % len(devices)] for i in range(workers))
@@ -124,13 +123,26 @@ def keep(folder: Path, run: Run, outcome: Outcome, origin: Mapping[str, str]) ->
     return row
 
 
+def _begin(threads: int) -> None:
+    """In each process that runs: so many threads, and an end as soon as the process that keeps the rows is gone."""
+    torch.set_num_threads(threads)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
 def _total(spec: Mapping[str, Any]) -> int:
     tuning = sum(1 for arm in spec["arms"] for _ in tuning_runs(spec, arm))
     return tuning + sum(len(options.get("seeds", spec["seeds"])) for options in spec["arms"].values())
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, Any]:
-    return {name: "" if value is None else float(f"{value:.6g}") for name, value in numbers.items()}
+    return {name: f"{value:.6g}" for name, value in numbers.items()}
 
 
 def _read(path: Path) -> list[dict[str, str]]:

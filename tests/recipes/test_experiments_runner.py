@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_an_experiment_tunes_then_runs_every_seed_and_writes_a_row_a_run(tmp_pat
     best = min(tuned, key=tuned.__getitem__)
     assert all(json.loads(r["config"])["lr"] == best for r in rows if r["stage"] == "final")
     assert all((r["test_error"] != "") == (r["stage"] == "final") for r in rows)  # tuning never sees a test image
-    assert all(json.loads(r["versions"])["torch"] == torch.__version__ and r["commit"] for r in rows)
+    assert all(json.loads(r["versions"])["torch"] == version("torch") and r["commit"] for r in rows)
     curves = rows_of(tmp_path, "curves.csv")
     assert sorted((r["key"], r["epoch"]) for r in curves) == sorted((r["key"], e) for r in rows for e in "12")
     (watched,) = (r["key"] for r in rows if r["arm"] == "Mix")
@@ -83,17 +84,28 @@ def test_a_run_has_the_same_outcome_alone_as_in_an_experiment(tmp_path):
     assert float(row["train_loss"]) == pytest.approx(alone["train_loss"], rel=1e-3)
 
 
+def _running(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on_with_what_is_missing(tmp_path):
     file = experiment(tmp_path, {"SGD": {"method": "sgd", "lr": 0.1}}, seeds=list(range(12)))
     command = [sys.executable, "-m", "recipes.experiments", file, "--output", str(tmp_path), "--workers", "1"]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    worker = f"/proc/{process.pid}/task/{process.pid}/children"
     table = tmp_path / "small" / "runs.csv"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (table.is_file() and len(table.read_text().splitlines()) > 2):
         time.sleep(0.05)
+    children = [int(pid) for pid in Path(worker).read_text().split()] if Path(worker).exists() else []
     process.kill()
     process.wait()
+    deadline = time.monotonic() + 30
+    while any(_running(pid) for pid in children):  # they end with it, not with their work
+        assert time.monotonic() < deadline, [Path(f"/proc/{p}/cmdline").read_text() for p in children if _running(p)]
+        time.sleep(0.05)
     before = table.read_text()
     assert 2 < len(before.splitlines()) < 13
     main(file, output=str(tmp_path), workers=1)
@@ -200,7 +212,7 @@ def test_where_a_row_comes_from_is_the_commit_of_the_checkout():
     told = provenance()
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout
     assert head.startswith(told["commit"].removesuffix("-changed")) or told["commit"] == "unknown"
-    assert json.loads(told["versions"])["torch"] == torch.__version__
+    assert json.loads(told["versions"])["torch"] == version("torch")
 
 
 @pytest.mark.slow

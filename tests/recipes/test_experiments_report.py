@@ -1,0 +1,173 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from recipes.experiments.figures import MOST_CURVES, plot_errors
+from recipes.experiments.report import paper_table, table, write
+from recipes.experiments.runner import COLUMNS, EPOCH
+from recipes.experiments.spec import tuning_runs
+from recipes.experiments.summary import interval, read, read_curves, summarise, tuned
+
+SPEC = {
+    "name": "made_up",
+    "seeds": [0, 1, 2, 3],
+    "tuning_seeds": [100],
+    "reference": "SGD",
+    "common": {"epochs": 2},
+    "arms": {
+        "SGD": {"method": "sgd", "grid": {"lr": [0.1, 0.2, 0.4]}, "layout": True},
+        "Sp": {"method": "fgsgd", "manifolds": ["sphere"], "layout": True},
+        "PI": {"method": "fgsgd", "manifolds": ["stiefel", "sphere"], "scheme": "pi", "layout": True},
+        "PIO": {"method": "fgsgd", "manifolds": ["sphere", "stiefel"], "scheme": "pio", "layout": True},
+        "PIO, rho none": {"method": "fgsgd", "manifolds": ["sphere", "stiefel"], "scheme": "pio", "rho": None},
+    },
+}
+ERRORS = {
+    "SGD": {0: 12.0, 1: 11.5, 2: 12.7, 3: 11.9},
+    "Sp": {0: 11.0, 1: 11.3, 2: 11.8, 3: "nan"},
+    "PI": {1: 13.0, 3: 12.0},
+    "PIO": {2: 10.0},
+}
+
+
+def row(stage, arm, seed, error, **more):
+    numbers = {"val_error": error, "test_error": error if stage == "final" else "", "train_loss": 0.1, "seconds": 9}
+    told = {
+        "commit": "abc",
+        "versions": json.dumps({"torch": "2.6"}),
+        "device": "cpu",
+        "config": json.dumps({"lr": 0.1}),
+    }
+    return (
+        {**dict.fromkeys(COLUMNS, ""), "key": f"{stage}{arm}{seed}", "stage": stage, "arm": arm, "seed": seed}
+        | numbers
+        | told
+        | more
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [row("final", arm, seed, error) for arm, errors in ERRORS.items() for seed, error in errors.items()]
+    rows += [
+        row("tune", "SGD", 100, e, key=run.key) for run, e in zip(tuning_runs(SPEC, "SGD"), (3, 2, 1), strict=True)
+    ]
+    with (tmp_path / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    with (tmp_path / "curves.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, EPOCH)
+        writer.writeheader()
+        # A run that was cut off after two epochs, and run again.
+        for key, epoch, loss in (
+            ("finalSGD0", 1, 9.0),
+            ("finalSGD0", 2, 8.0),
+            ("finalSGD0", 1, 2.0),
+            ("finalSGD0", 2, 1.0),
+        ):
+            writer.writerow(
+                {"key": key, "epoch": float(epoch), "train_loss": loss, "val_error": "" if epoch == 1 else 12.0}
+            )
+    return tmp_path
+
+
+def test_means_and_paired_differences_are_those_of_scipy_over_the_seeds_that_both_arms_ended(folder):
+    summary = {r["arm"]: r for r in summarise(read(folder), SPEC)}
+    assert list(summary) == ["SGD", "Sp", "PI", "PIO"]
+    sgd = np.array(list(ERRORS["SGD"].values()))
+    assert summary["SGD"]["test_error_mean"] == pytest.approx(sgd.mean())
+    assert summary["SGD"]["test_error_std"] == pytest.approx(sgd.std(ddof=1))
+    assert math.isnan(summary["SGD"]["difference"])
+
+    sphere = np.array([11.0, 11.3, 11.8])
+    expected = stats.ttest_rel(sphere, sgd[:3]).confidence_interval(0.95)
+    found = summary["Sp"]
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert found["difference"] == pytest.approx((sphere - sgd[:3]).mean())
+    assert found["relative"] == pytest.approx(100 * (sphere - sgd[:3]).mean() / sgd[:3].mean())
+    assert (found["seeds"], found["diverged"], found["shared"]) == ([0, 1, 2], [3], 3)
+
+    expected = stats.ttest_rel([13.0, 12.0], sgd[[1, 3]]).confidence_interval(0.95)
+    assert (summary["PI"]["low"], summary["PI"]["high"]) == pytest.approx((expected.low, expected.high))
+    assert summary["PIO"]["difference"] == pytest.approx(10.0 - 12.7)
+    assert math.isnan(summary["PIO"]["low"])  # one seed has no interval
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (4000, 5))
+    intervals = np.array([interval(list(five)) for five in draws])
+    assert ((intervals[:, 0] < 3) & (intervals[:, 1] > 3)).mean() == pytest.approx(0.95, abs=0.012)
+
+
+def test_the_table_says_how_many_seeds_and_what_diverged(folder):
+    lines = table(summarise(read(folder), SPEC), SPEC).splitlines()
+    assert lines[0].startswith("| arm | test error, % | − SGD | 95 % interval |")
+    assert lines[2] == "| SGD | 12.03 ± 0.50 |  |  |  | 12.03 ± 0.50 | 4 |"
+    assert lines[3].startswith("| Sp | 11.37 ± 0.40 | -0.70 | -1.")
+    assert lines[3].endswith("| 3 (1 diverged) |")
+    assert lines[5].startswith("| PIO | 10.00 | -2.70 | - | -21.3 |")
+
+
+def test_the_papers_layout_has_one_cell_an_arm_that_asks_for_it(folder):
+    lines = paper_table(summarise(read(folder), SPEC), SPEC).splitlines()[2:]
+    assert lines[0] == "|  | alone | PI | PO | PIO |"
+    assert lines[2] == "| Euclidean | 12.03 ± 0.50 (4) |  |  |  |"
+    assert lines[3] == "| Sp | 11.37 ± 0.40 (3) |  |  |  |"
+    assert lines[4] == "| Sp+St |  | 12.50 ± 0.71 (2) |  | 10.00 (1) |"
+    assert len(lines) == 5
+    plain = {**SPEC, "arms": {"SGD": {"method": "sgd"}}}
+    assert paper_table(summarise(read(folder), plain), plain) == ""
+
+
+def test_the_choice_of_a_grid_is_told_with_its_edge(folder):
+    (row,) = tuned(read(folder), SPEC)
+    assert row["chosen"] == {"lr": 0.4}
+    assert row["val_error"] == 1
+    assert row["edges"] == ["lr"]
+    assert "lr 0.4 (an end of its grid)" in (write(folder, SPEC)[0]).read_text()
+
+
+def test_an_experiment_that_is_not_finished_has_a_report_that_says_so(folder):
+    report = write(folder, SPEC)[0].read_text()
+    assert "Not run: PIO, rho none." in report
+    assert "commits abc; torch 2.6" in report
+    assert "python -m recipes.experiments recipes/configs/experiments/made_up.yaml" in report
+    for name in ("errors.png", "curves.png"):
+        assert f"({name})" in report
+        assert (folder / name).stat().st_size > 5000
+
+
+def test_nothing_run_has_no_report(tmp_path):
+    assert write(tmp_path, SPEC) == []
+
+
+def test_a_run_that_was_run_again_has_one_curve(folder):
+    (curve,) = read_curves(folder).values()
+    assert [(r["epoch"], r["train_loss"], r["val_error"]) for r in curve] == [(1, 2.0, None), (2, 1.0, 12.0)]
+
+
+def test_what_is_forgotten_is_reported_where_it_was_measured(folder):
+    text = (folder / "runs.csv").read_text()
+    assert "What is forgotten" not in write(folder, SPEC)[0].read_text()
+    measured = row("final", "PIO, rho none", 0, 9.0, agreement=40.0, drift=0.5)
+    with (folder / "runs.csv").open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerow(measured)
+    report = write(folder, SPEC)[0].read_text()
+    assert "| arm | agreement, % | drift, photographs | seeds |" in report
+    assert "| PIO, rho none | 40.00 | 0.500 | 1 |" in report
+    assert text in (folder / "runs.csv").read_text()
+
+
+def test_many_arms_with_long_names_stay_apart(tmp_path):
+    errors = {f"an arm with a long name, number {i}": {0: 10.0 + i, 1: 11.0 + i} for i in range(25)}
+    errors["diverged"] = {0: math.nan}
+    from matplotlib.image import imread
+
+    image = imread(plot_errors(errors, "an arm with a long name, number 0", tmp_path / "errors.png"))
+    assert image.shape[0] > 25 * 25  # pixels
+    assert MOST_CURVES < 12
