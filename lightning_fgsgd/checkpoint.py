@@ -18,7 +18,7 @@ from lightning_fgsgd.grouping import pack, unpack
 from lightning_fgsgd.pom import POM, working
 from lightning_fgsgd.sharding import collect, local, split_like
 
-__all__ = ["match", "restore_momentum", "save", "whole"]
+__all__ = ["match", "restore_momentum", "save", "take_apart", "whole"]
 
 _FORMAT = 3
 
@@ -42,6 +42,34 @@ def _state(pom: POM) -> dict[str, Any]:
         "origins": pom.origins,
         "sizes": pom.sizes,
     }
+
+
+def take_apart(
+    state_dict: Mapping[str, Any], param_groups: Sequence[dict[str, Any]], constrained: bool
+) -> tuple[list[dict[str, Any]], list[tuple[Tensor, dict[str, Any] | None]]]:
+    """The parameter groups of a state without what :func:`save` put in, and that for each of an optimizer's parameters.
+
+    Raises:
+        ValueError: the state has other groups than the optimizer, or nothing of :func:`save` for a ``constrained`` one.
+    """
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    described = [group.pop("pom", None) for group in saved]
+    there, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in param_groups]
+    if there != here:
+        raise ValueError(
+            f"state_dict: its parameter groups hold {there} parameters, this optimizer's {here}; group the same model with "
+            "the same settings"
+        )
+    if constrained and all(states is None for states in described):
+        raise ValueError(
+            "state_dict: it holds no products of manifolds, so another optimizer saved it; "
+            "load it into FGSGD(model.parameters()), then call constrain(pom_param_groups(model).plan)"
+        )
+    return saved, [
+        (p, state)
+        for group, states in zip(param_groups, described, strict=True)
+        for p, state in zip(group["params"], states or [None] * len(group["params"]), strict=True)
+    ]
 
 
 def match(states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[Tensor, POM]) -> dict[Tensor, POM]:

@@ -368,24 +368,7 @@ class FGSGD(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to other weights, cuttings or constraints than this optimizer's.
         """
-        saved = [dict(group) for group in state_dict["param_groups"]]
-        described = [group.pop("pom", None) for group in saved]
-        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                "state_dict: its parameter groups hold "
-                f"{[len(g['params']) for g in saved]} parameters, this optimizer's "
-                f"{[len(g['params']) for g in self.param_groups]}; group the same model with the same settings"
-            )
-        if self._poms and all(states is None for states in described):
-            raise ValueError(
-                "state_dict: it holds no products of manifolds, so another optimizer saved it; "
-                "load it into FGSGD(model.parameters()), then call constrain(pom_param_groups(model).plan)"
-            )
-        pairs = [
-            (p, state)
-            for group, states in zip(self.param_groups, described, strict=True)
-            for p, state in zip(group["params"], states or [None] * len(group["params"]), strict=True)
-        ]
+        saved, pairs = checkpoint.take_apart(state_dict, self.param_groups, constrained=bool(self._poms))
         poms = checkpoint.match(pairs, self._poms)
         replaced = [pom.name for p, pom in poms.items() if p in self._poms and not pom.same_constraints(self._poms[p])]
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options

@@ -157,7 +157,7 @@ def newest_whole(folder):
     for torn, path in enumerate(paths):
         try:
             torch.load(path, weights_only=True)
-        except Exception:
+        except (RuntimeError, EOFError, pickle.UnpicklingError):  # how torch.load says that a file is cut short
             continue
         return path, torn
     raise AssertionError(f"no whole checkpoint among {paths}")

@@ -93,6 +93,19 @@ class Features(Callback):
 # Precision ------------------------------------------------------------------------------------------------------------
 
 
+class Losses(LitTimm):
+    """Keeps the loss of every batch."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+
 def precisions():
     cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     for precision, dtype, bound in (
@@ -113,14 +126,6 @@ def precisions():
 def test_in_every_precision_weights_stay_on_their_manifolds_and_λ_is_that_of_the_features(
     tmp_path, device, precision, dtype, bound, start
 ):
-    losses = []
-
-    class Losses(LitTimm):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            losses.append(loss.item())
-            return loss
-
     options = {"precision": precision}
     if (device, precision) == ("cpu", "16-mixed"):
         options = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}
@@ -129,8 +134,8 @@ def test_in_every_precision_weights_stay_on_their_manifolds_and_λ_is_that_of_th
     fit = trainer(tmp_path, *callbacks(start), features, max_epochs=3, accelerator=device, **options)
     fit.fit(module, images())
     (optimizer,) = fit.optimizers
-    assert all(torch.tensor(losses).isfinite())
-    assert losses[-1] < losses[0]
+    assert all(torch.tensor(module.losses).isfinite())
+    assert module.losses[-1] < module.losses[0]
     assert {p.dtype for p in optimizer.poms} == {dtype}
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
     assert {optimizer.state[p]["momentum_buffer"].dtype for p in optimizer.poms} == {geometry}
@@ -264,20 +269,12 @@ def test_an_epoch_that_max_steps_cuts_off_has_the_λ_of_its_batches_and_moves_no
 
 
 def test_overfitting_on_two_batches_brings_the_loss_down_on_the_manifolds(tmp_path):
-    losses = []
-
-    class Losses(LitTimm):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            losses.append(loss.item())
-            return loss
-
     torch.manual_seed(0)
     module = Losses("test_resnet", lr=0.05)
     fit = trainer(tmp_path, *callbacks("preserve"), max_epochs=20, overfit_batches=2)
     fit.fit(module, images(64))
-    assert len(losses) == 40
-    assert sum(losses[-2:]) < 0.2 * sum(losses[:2])
+    assert len(module.losses) == 40
+    assert sum(module.losses[-2:]) < 0.2 * sum(module.losses[:2])
     assert worst(fit.optimizers[0]) < 1e-5
 
 

@@ -294,6 +294,11 @@ def fit(folder, epochs, strategy="auto", devices=1, **options):
     return trainer, {
         "weights": weights(module),
         "std": {name: row["std"] for name, row in rescaling.history[-1]["layers"].items()},
+        "radius": {
+            f"{name}, {key}": row[key]
+            for name, row in rescaling.history[-1]["layers"].items()
+            for key in ("radius", "radius_min", "radius_max")
+        },
         "bounds": monitor.history[-1]["network"],
         "described": [
             (*map(row.get, COUNTS), row["change"]) for row in describe(trainer.optimizers[0], quiet=True).rows
@@ -328,6 +333,7 @@ def check(found, alone):
     assert found["described"] == alone["described"]
     assert found["distance"] < 1e-5
     assert found["std"] == pytest.approx(alone["std"], rel=1e-5)
+    assert found["radius"] == pytest.approx(alone["radius"], rel=1e-5)
     assert found["bounds"] == pytest.approx(alone["bounds"], rel=1e-4, abs=1e-4)
 
 

@@ -21,6 +21,7 @@ from lightning_fgsgd._lightning import (
 from lightning_fgsgd.features import FeatureReader
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.pom import POM
+from lightning_fgsgd.sharding import collect
 from lightning_fgsgd.statistics import FeatureStd, merge_moments, of_processes, own_part, standard_deviation
 
 __all__ = ["FeatureStdRescaling"]
@@ -51,8 +52,7 @@ class FeatureStdRescaling(Callback):
 
     Attributes:
         history: for each epoch a dict with ``"epoch"`` and ``"layers"``, which maps a layer's name to the mean λ (``"std"``)
-            and the mean, smallest and largest R (``"radius"``, ``"radius_min"``, ``"radius_max"``) of that epoch; R is
-            that of this process's part, where a weight is sharded.
+            and the mean, smallest and largest R (``"radius"``, ``"radius_min"``, ``"radius_max"``) of that epoch.
 
     Raises:
         ValueError: a wrong argument.
@@ -210,8 +210,14 @@ class FeatureStdRescaling(Callback):
         found: list[tuple[str, Tensor]] = []
         rows = []
         for optimizer in trainer.optimizers:
-            for pom in _poms(optimizer).values():
-                name, radius = _layer(pom), pom.radius
+            poms = list(_poms(optimizer).values())
+            # R of a sharded weight is in all the processes that share it.
+            parts = {
+                i: (p.shard, (p.radius,)) for i, p in enumerate(poms) if p.shard is not None and not p.shard.gathered
+            }
+            spread = {i: torch.cat([radius for (radius,) in shares]) for i, shares in collect(parts).items()}
+            for i, pom in enumerate(poms):
+                name, radius = _layer(pom), spread[i].to(pom.radius) if i in spread else pom.radius
                 if name not in self._moments:
                     continue
                 moments = merge_moments(self._moments[name].to(radius.device))

@@ -57,7 +57,7 @@ class Classifier(FGSGDMixin, LightningModule):
         options: of the method.
         config: mean and std of the images that the network expects.
         warmup: share of the steps in which the learning rate rises to ``lr``.
-        euclidean_lr: factor of the learning rate of the parameters that FG-SGD leaves unconstrained.
+        euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another.
         frozen_norms: batch norm keeps its running statistics while training.
     """
 
@@ -71,7 +71,7 @@ class Classifier(FGSGDMixin, LightningModule):
         options: dict[str, Any],
         config: dict[str, Any],
         warmup: float = 0.05,
-        euclidean_lr: float = 1.0,
+        euclidean_lr: float | None = None,
         frozen_norms: bool = False,
     ) -> None:
         super().__init__()
@@ -132,8 +132,8 @@ class Classifier(FGSGDMixin, LightningModule):
     def configure_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Linear warm-up, then half a cosine to 0, step by step."""
         for group in optimizer.param_groups:
-            if group.get("name", "").startswith("euclidean"):
-                group["lr"] *= self.euclidean_lr
+            if self.euclidean_lr is not None and group.get("name", "").startswith("euclidean"):
+                group["lr"] = self.euclidean_lr
         total = int(self.trainer.estimated_stepping_batches)
         rising = max(round(self.warmup * total), 1)
 

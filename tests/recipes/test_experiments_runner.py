@@ -183,7 +183,12 @@ def test_unconstrained_parameters_can_have_a_learning_rate_of_their_own():
 
     original, training.Curve = training.Curve, Watching
     try:
-        train({**SMALL, "epochs": 1, "method": "fgsgd", "lr": 0.4, "euclidean_lr": 0.25}, 0, test=False, root="")
+        train(
+            {**SMALL, "epochs": 1, "method": "fgsgd", "lr": 0.4, "euclidean_lr": 0.1, "warmup": 0.0},
+            0,
+            test=False,
+            root="",
+        )
     finally:
         training.Curve = original
     assert seen["euclidean"] == pytest.approx(seen["pom"] / 4)
