@@ -285,6 +285,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*The number of training batches.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of torch, on what Lightning calls
 
 
 def provenance() -> dict[str, str]:

@@ -1,0 +1,63 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from recipes.experiments import report
+from recipes.experiments.spec import final_runs, load, tuning_runs
+from recipes.experiments.summary import read
+from tests.pages import DOCS, ROOT
+
+CONFIGS = sorted((ROOT / "recipes" / "configs" / "experiments").glob("*.yaml"))
+RUN = [path for path in CONFIGS if (DOCS / "experiments" / path.stem / "runs.csv").is_file()]
+PAGE = (DOCS / "experiments.md").read_text()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_whole_and_has_its_own_name(config):
+    spec = load(config)
+    assert spec["name"] == config.stem
+    for arm in spec["arms"]:
+        assert list(tuning_runs(spec, arm)) or final_runs(spec, arm, []) is not None or "tuned_as" in spec["arms"][arm]
+
+
+@pytest.mark.parametrize("config", RUN, ids=lambda path: path.stem)
+def test_every_report_is_what_its_rows_give(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_figures", lambda folder, *_: sorted((folder).rglob("*.png")))
+    spec, folder = load(config), DOCS / "experiments" / config.stem
+    written = (folder / "report.md").read_text()
+    copy = tmp_path / config.stem
+    copy.mkdir()
+    (copy / "runs.csv").write_text((folder / "runs.csv").read_text())
+    report.write(copy, spec)
+    without_figures = "\n\n".join(part for part in written.strip().split("\n\n") if not part.startswith("!["))
+    assert (copy / "report.md").read_text().strip() == without_figures
+    for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", written):
+        assert (folder / figure).is_file()
+
+
+@pytest.mark.parametrize("config", RUN, ids=lambda path: path.stem)
+def test_every_row_is_a_run_of_its_config(config):
+    """What was run under other settings, or of an arm that is gone, does not count towards a table."""
+    spec, rows = load(config), read(DOCS / "experiments" / config.stem)
+    keys = {run.key for arm in spec["arms"] for run in tuning_runs(spec, arm)}
+    told = [{**row, "val_error": row["val_error"]} for row in rows]
+    keys |= {run.key for arm in spec["arms"] for run in final_runs(spec, arm, told) or []}
+    assert [row["key"] for row in rows if row["key"] not in keys] == []
+    assert len({row["key"] for row in rows}) == len(rows)
+
+
+def test_every_number_in_a_table_of_the_page_is_in_a_report():
+    reports = "".join((DOCS / "experiments" / path.stem / "report.md").read_text() for path in RUN)
+    known = set(re.findall(r"\d+\.\d+", reports))
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ")]
+    assert len(rows) > 5
+    for row in rows:
+        assert set(re.findall(r"\d+\.\d+", row)) <= known, row
+
+
+def test_every_experiment_that_was_run_is_on_the_page_with_its_command():
+    for path in RUN:
+        assert f"experiments/{path.stem}/report.md" in PAGE
+        assert f"recipes/configs/experiments/{path.stem}.yaml" in PAGE
+    assert Path(DOCS / "experiments").is_dir()
