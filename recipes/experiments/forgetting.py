@@ -56,11 +56,11 @@ class Forgetting:
     Args:
         pretrained: a timm model with its pretrained classifier.
         images: (N, C, H, W) in [0, 1].
-        normalize: from such images to what the network takes.
-        batch_size: images that pass the network at a time.
+        normalize: from such images to what the network takes; called at the start only, where ``pretrained`` is.
+        batch_size: images that pass the network at a time, at least 2: batch norm takes a variance over them.
 
     Raises:
-        ValueError: the model has no classifier that can be told from its features.
+        ValueError: the model has no classifier that can be told from its features, or there are too few images.
     """
 
     def __init__(
@@ -72,9 +72,13 @@ class Forgetting:
                 f"pretrained: {type(pretrained).__name__} has no Linear classifier (timm's get_classifier) to read its "
                 "features by"
             )
-        self.images = images
-        self.normalize = normalize
+        for what, value in (("images", len(images)), ("batch_size", batch_size)):
+            if value < 2:
+                raise ValueError(f"{what}: {value} is less than 2, of which batch norm could take no variance")
         self.batch_size = batch_size
+        device = next(pretrained.parameters()).device
+        with torch.no_grad():  # normalised here, once: what normalises may hold tensors that move later
+            self.images = torch.cat([normalize(batch.to(device)).cpu() for batch in images.split(batch_size)])
         # Its own copy: the network's classifier is replaced, or trained on.
         self.head = copy.deepcopy(head).requires_grad_(False)
         self.features = self.features_of(pretrained)
@@ -86,13 +90,17 @@ class Forgetting:
         Returns:
             ``agreement``, % of the images whose first class through the old classifier is what it was;
             ``agreement_recalibrated``, the same once the batch norms of a copy of ``net`` have taken their statistics from
-            these images, which leaves what the weights have forgotten; ``divergence``, the mean of KL(before ‖ now) of the
-            classes' probabilities, in nats; and ``drift``.
+            these images (compare it with that of the pretrained network, far below 100 where they are few and small);
+            ``divergence``, the mean of KL(before ‖ now) of the classes' probabilities, in nats; and ``drift``.
+
+        Raises:
+            ValueError: the network has no features, or others than the pretrained one.
         """
         features = self.features_of(net)
         logits = self._through_old_head(features)
-        recalibrated = self._through_old_head(self.features_of(self.recalibrated(net)))
-        before, now = log_softmax(self.logits, 1), log_softmax(logits, 1)
+        recalibrated = self._through_old_head(self.features_of(self.recalibrated(net))) if _norms(net) else logits
+        # In double precision: the rounding errors of single ones make small divergences negative.
+        before, now = log_softmax(self.logits.double(), 1), log_softmax(logits.double(), 1)
         return {
             "agreement": self._agreement(logits),
             "agreement_recalibrated": self._agreement(recalibrated),
@@ -108,14 +116,19 @@ class Forgetting:
     @torch.no_grad()
     def features_of(self, net: nn.Module) -> Tensor:
         """Features (N, C) that enter the classifier of ``net`` in evaluation mode, on the CPU."""
+        if not hasattr(net, "forward_head"):
+            raise ValueError(f"net: {type(net).__name__} is no timm model, it has no forward_head to read features by")
         with _modes(net, train=lambda module: False):
-            return torch.cat([self._features(net, batch) for batch in self.images.split(self.batch_size)])
+            features = torch.cat([self._features(net, batch) for batch in self.images.split(self.batch_size)])
+        if features.shape != (wanted := (len(self.images), self.head.in_features)):
+            raise ValueError(f"net: {type(net).__name__} has features {tuple(features.shape)}, not {wanted}")
+        return features
 
     @torch.no_grad()
     def recalibrated(self, net: nn.Module) -> nn.Module:
         """A copy of ``net`` whose batch norms have the mean and variance of these images, averaged over batches."""
         net = copy.deepcopy(net)
-        norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        norms = _norms(net)
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
@@ -127,8 +140,7 @@ class Forgetting:
 
     def _features(self, net: Any, batch: Tensor) -> Tensor:
         device = next(net.parameters()).device
-        images = self.normalize(batch).to(device)
-        features: Tensor = net.forward_head(net.forward_features(images), pre_logits=True)
+        features: Tensor = net.forward_head(net.forward_features(batch.to(device)), pre_logits=True)
         return features.cpu()
 
     @torch.no_grad()
@@ -138,6 +150,10 @@ class Forgetting:
 
     def _agreement(self, logits: Tensor) -> float:
         return 100 * float((logits.argmax(1) == self.logits.argmax(1)).float().mean())
+
+
+def _norms(net: nn.Module) -> list[_BatchNorm]:
+    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 @contextmanager
