@@ -83,27 +83,28 @@ class Forgetting:
         self.head = copy.deepcopy(head).requires_grad_(False)
         self.features = self.features_of(pretrained)
         self.logits = self._through_old_head(self.features)
+        self.recalibrated_logits = self._recalibrated_logits(pretrained, self.logits)
 
     def measure(self, net: nn.Module) -> dict[str, float]:
         """Compare a network that was fine-tuned from the pretrained one; its own classifier does not matter.
 
         Returns:
             ``agreement``, % of the images whose first class through the old classifier is what it was;
-            ``agreement_recalibrated``, the same once the batch norms of a copy of ``net`` have taken their statistics from
-            these images (compare it with that of the pretrained network, far below 100 where they are few and small);
-            ``divergence``, the mean of KL(before ‖ now) of the classes' probabilities, in nats; and ``drift``.
+            ``agreement_recalibrated``, the same once the batch norms of both networks have taken their statistics from
+            these images, which leaves what the weights have forgotten; ``divergence``, the mean of KL(before ‖ now) of the
+            classes' probabilities, in nats; and ``drift``.
 
         Raises:
             ValueError: the network has no features, or others than the pretrained one.
         """
         features = self.features_of(net)
         logits = self._through_old_head(features)
-        recalibrated = self._through_old_head(self.features_of(self.recalibrated(net))) if _norms(net) else logits
+        recalibrated = self._recalibrated_logits(net, logits)
         # In double precision: the rounding errors of single ones make small divergences negative.
         before, now = log_softmax(self.logits.double(), 1), log_softmax(logits.double(), 1)
         return {
-            "agreement": self._agreement(logits),
-            "agreement_recalibrated": self._agreement(recalibrated),
+            "agreement": _agreement(logits, self.logits),
+            "agreement_recalibrated": _agreement(recalibrated, self.recalibrated_logits),
             "divergence": float(kl_div(now, before, reduction="batchmean", log_target=True)),
             "drift": self.drift(net, features),
         }
@@ -148,8 +149,12 @@ class Forgetting:
         logits: Tensor = self.head.cpu()(features)
         return logits
 
-    def _agreement(self, logits: Tensor) -> float:
-        return 100 * float((logits.argmax(1) == self.logits.argmax(1)).float().mean())
+    def _recalibrated_logits(self, net: nn.Module, logits: Tensor) -> Tensor:
+        return self._through_old_head(self.features_of(self.recalibrated(net))) if _norms(net) else logits
+
+
+def _agreement(logits: Tensor, before: Tensor) -> float:
+    return 100 * float((logits.argmax(1) == before.argmax(1)).float().mean())
 
 
 def _norms(net: nn.Module) -> list[_BatchNorm]:
