@@ -19,31 +19,38 @@ def plot_errors(errors: Mapping[str, Mapping[int, float]], reference: str, path:
     """Test error of every run, one line an arm, with the mean and its 95 % interval; the reference's mean as a line.
 
     Args:
-        errors: by arm and seed, in %; runs that diverged are left out.
+        errors: by arm and seed, in %; of runs that diverged only the number is told, beside the arm's name.
         reference: the arm that is drawn through.
         path: where to save.
     """
     ended = {arm: [e for e in runs.values() if e is not None and math.isfinite(e)] for arm, runs in errors.items()}
-    ended = {arm: runs for arm, runs in ended.items() if runs}
+    lost = {arm: len(errors[arm]) - len(runs) for arm, runs in ended.items()}
+    names = [arm + (f" ({lost[arm]} diverged)" if lost[arm] else "") for arm in ended]
     figure, (axis,) = figure_of(1, width=8.0, height=1.2 + 0.28 * len(ended))
     for y, (arm, runs) in enumerate(ended.items()):
+        if not runs:
+            continue
         colour = "C1" if arm == reference else "C0"
         axis.plot(runs, [y] * len(runs), "o", color=colour, alpha=0.4, markersize=4)
         low, high = interval(runs)
         if math.isfinite(low):
             axis.plot([low, high], [y, y], color=colour, linewidth=1.5)
         axis.plot([fmean(runs)], [y], "|", color=colour, markersize=12, markeredgewidth=2)
-    if reference in ended:
+    if ended.get(reference):
         axis.axvline(fmean(ended[reference]), color="C1", linewidth=0.8, linestyle="--")
     axis.set(xlabel="test error, % (a dot a seed; mean and its 95 % interval)", ylim=(len(ended) - 0.5, -0.5))
-    axis.set_yticks(range(len(ended)), list(ended), fontsize=8)
+    axis.set_yticks(range(len(ended)), names, fontsize=8)
     axis.grid(axis="x", linewidth=0.3)
     figure.savefig(path)
     return path
 
 
 def plot_curves(
-    curves: Mapping[str, Sequence[Sequence[Row]]], summary: Sequence[Row], reference: str, path: Path
+    curves: Mapping[str, Sequence[Sequence[Row]]],
+    summary: Sequence[Row],
+    reference: str,
+    path: Path,
+    most: int = MOST_CURVES,
 ) -> Path:
     """Training loss and validation error over epochs, means over seeds: the reference and the best arms.
 
@@ -52,19 +59,25 @@ def plot_curves(
         summary: of the arms, for which ones are the best.
         reference: the arm that is always drawn.
         path: where to save.
+        most: arms that are drawn.
     """
     best = sorted(
         summary, key=lambda row: row["test_error_mean"] if math.isfinite(row["test_error_mean"]) else math.inf
     )
-    names = [row["arm"] for row in best if row["arm"] != reference][: MOST_CURVES - 1]
+    names = [row["arm"] for row in best if row["arm"] != reference][: most - 1]
     figure, axes = figure_of(2, width=12.0, height=4.5)
-    for arm in (name for name in curves if name in (reference, *names)):
+    shown = [name for name in curves if name in (reference, *names)]
+    for arm in shown:
         for axis, column in zip(axes, ("train_loss", "val_error"), strict=True):
             points = _mean_by_epoch(curves[arm], column)
             style = {"color": "black", "linewidth": 2} if arm == reference else {"linewidth": 1}
             axis.plot(list(points), list(points.values()), label=arm, marker=".", **style)
-    axes[0].set(xlabel="epoch", ylabel="training loss, nats", yscale="log")
-    axes[1].set(xlabel="epoch", ylabel="validation error, %", yscale="log")
+    for axis, label in zip(axes, ("training loss, nats", "validation error, %"), strict=True):
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        _logarithmic(axis)
+    if len(shown) < len(curves):
+        axes[0].set_title(f"{len(shown)} of {len(curves)} arms: {reference}, and those of least test error", fontsize=9)
     axes[1].legend(fontsize=7)
     figure.savefig(path)
     return path
@@ -84,6 +97,8 @@ def plot_history(history: Mapping[str, Any], title: str, file: Path) -> list[Pat
         monitor.load_state_dict({**history["norms"], "epoch": None})
         figure = monitor.plot()
         figure.suptitle(title)
+        for axis in figure.axes[1:]:
+            axis.set_xlabel("norm")
         drawn.append(file.with_name(f"{file.stem}_norms.png"))
         figure.savefig(drawn[-1])
     if history.get("rescaling"):
@@ -91,6 +106,21 @@ def plot_history(history: Mapping[str, Any], title: str, file: Path) -> list[Pat
             path = file.with_name(f"{file.stem}_{key}.png")
             drawn.append(plot_layers(history["rescaling"], key, f"{label}: {title}", path))
     return drawn
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic scale of y with plain numbers at it; a linear one where a value is 0 (out of sight) or all are close."""
+    values = [y for line in axis.get_lines() for y in line.get_ydata()]
+    if not values or min(values) <= 0 or max(values) < 2 * min(values):
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    # Within less than a decade the powers of ten alone are one tick or two.
+    wide = max(values) > 10 * min(values)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mean_by_epoch(curves: Sequence[Sequence[Row]], column: str) -> dict[int, float]:

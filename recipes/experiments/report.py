@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_fgsgd.plan import DEFAULT_MANIFOLDS
 from recipes.experiments import figures
+from recipes.experiments.spec import tuning_runs
 from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curves, summarise, tuned
 
 SHORT = {"sphere": "Sp", "oblique": "Ob", "stiefel": "St", "euclidean": "Euc"}
@@ -41,7 +43,8 @@ def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
         parts += ["## Test error", table(summary, spec), paper_table(summary, spec)]
     if any(isinstance(row["agreement"], float) for row in rows):
         parts += ["## What is forgotten", forgetting_table(summary)]
-    parts += ["## Tuning", tuning_table(rows, spec)] if tuned(rows, spec) else []
+    if any(options.get("grid") for options in spec["arms"].values()):
+        parts += ["## Tuning", tuning_table(rows, spec)]
     missing = [arm for arm in spec["arms"] if not finals(rows, arm)]
     if missing:
         parts.append(f"Not run: {', '.join(missing)}.")
@@ -63,25 +66,33 @@ def table(summary: Sequence[Row], spec: Mapping[str, Any]) -> str:
                 f"{row['low']:+.2f} to {row['high']:+.2f}" if math.isfinite(row["low"]) else "-",
                 f"{row['relative']:+.1f}",
             ]
-        seeds = f"{len(row['seeds'])}" + (f" ({len(row['diverged'])} diverged)" if row["diverged"] else "")
+        told = [f"{len(row['diverged'])} diverged"] if row["diverged"] else []
+        if row["arm"] != reference and row["shared"] < len(row["seeds"]):
+            told.append(f"{row['shared']} shared")  # the difference is over fewer seeds than the mean
+        seeds = f"{len(row['seeds'])}" + (f" ({', '.join(told)})" if told else "")
         lines.append([row["arm"], _spread(row, "test_error"), *compared, _spread(row, "val_error"), seeds])
     head = ["arm", "test error, %", f"− {reference}", "95 % interval", "relative, %", "validation error, %", "seeds"]
     return _markdown(head, lines)
 
 
 def paper_table(summary: Sequence[Row], spec: Mapping[str, Any]) -> str:
-    """Test error by set of manifolds and scheme, as the paper has it, of the arms that say ``layout: true``."""
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    """Test error by set of manifolds and scheme, as the paper has it, of the arms that say ``layout: true``.
+
+    Arms of one cell differ in something else: they are not mixed, each is there by its name.
+    """
+    cells: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in summary:
-        options = spec["arms"][row["arm"]]
+        options = {**spec["common"], **spec["arms"][row["arm"]]}
         if not options.get("layout"):
             continue
-        manifolds = tuple(name for name in SHORT if name in options.get("manifolds", ()))
+        unnamed = DEFAULT_MANIFOLDS if options.get("method") == "fgsgd" else ()
+        manifolds = tuple(name for name in SHORT if name in options.get("manifolds", unnamed))
         column = "alone" if len(manifolds) < 2 else options.get("scheme", "pio").upper()
-        cells.setdefault(manifolds, {})[column] = f"{_spread(row, 'test_error')} ({len(row['seeds'])})"
+        entry = f"{_spread(row, 'test_error')} ({len(row['seeds'])})"
+        cells.setdefault(manifolds, {}).setdefault(column, {})[row["arm"]] = entry
     columns = ("alone", "PI", "PO", "PIO")
     lines = [
-        ["+".join(SHORT[m] for m in manifolds) or "Euclidean", *(cells[manifolds].get(c, "") for c in columns)]
+        ["+".join(SHORT[m] for m in manifolds) or "Euclidean", *(_cell(cells[manifolds].get(c, {})) for c in columns)]
         for manifolds in sorted(cells, key=lambda m: (len(m), [list(SHORT).index(n) for n in m]))
     ]
     note = "The same by manifolds and scheme, test error in % (number of seeds):\n\n"
@@ -98,9 +109,9 @@ def forgetting_table(summary: Sequence[Row]) -> str:
 def tuning_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     """What was tried and what was chosen on the validation images of the tuning seeds."""
     lines = []
-    for row in tuned(rows, spec):
+    for row in _tuned(rows, spec):
         grid = "; ".join(f"{name} {', '.join(map(_short, values))}" for name, values in row["grid"].items())
-        chosen = "not decided"
+        chosen = "none: every point diverged" if row.get("lost") else "not decided"
         if "chosen" in row:
             chosen = "; ".join(
                 f"{name} {_short(value)}" + (" (an end of its grid)" if name in row["edges"] else "")
@@ -109,6 +120,24 @@ def tuning_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
         error = f"{row['val_error']:.2f}" if "chosen" in row else ""
         lines.append([row["arm"], grid, chosen, error, str(row["runs"])])
     return _markdown(["arm", "tried", "chosen", "validation error, %", "runs"], lines)
+
+
+def _tuned(rows: Sequence[Row], spec: Mapping[str, Any]) -> list[Row]:
+    """As :func:`~recipes.experiments.summary.tuned`; an arm whose whole grid diverged has ``lost`` instead of an error."""
+    found: list[Row] = []
+    for arm, options in spec["arms"].items():
+        try:
+            found += tuned(rows, {**spec, "arms": {arm: options}})
+        except ArithmeticError:  # the runner stops at it, and its report is what shows why
+            runs = sum(1 for _ in tuning_runs(spec, arm))
+            found.append({"arm": arm, "grid": options["grid"], "runs": runs, "lost": True})
+    return found
+
+
+def _cell(entries: Mapping[str, str]) -> str:
+    if len(entries) < 2:
+        return "".join(entries.values())
+    return "<br>".join(f"{arm}: {entry}" for arm, entry in entries.items())
 
 
 def _origin(spec: Mapping[str, Any], rows: Sequence[Row]) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipes.experiments.figures import MOST_CURVES, plot_errors
-from recipes.experiments.report import paper_table, table, write
+from recipes.experiments import figures
+from recipes.experiments.figures import MOST_CURVES, plot_curves, plot_errors
+from recipes.experiments.report import paper_table, table, tuning_table, write
 from recipes.experiments.runner import COLUMNS, EPOCH
 from recipes.experiments.spec import tuning_runs
 from recipes.experiments.summary import interval, read, read_curves, summarise, tuned
@@ -50,16 +51,20 @@ def row(stage, arm, seed, error, **more):
     )
 
 
+def write_rows(folder, rows):
+    with (folder / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 @pytest.fixture
 def folder(tmp_path):
     rows = [row("final", arm, seed, error) for arm, errors in ERRORS.items() for seed, error in errors.items()]
     rows += [
         row("tune", "SGD", 100, e, key=run.key) for run, e in zip(tuning_runs(SPEC, "SGD"), (3, 2, 1), strict=True)
     ]
-    with (tmp_path / "runs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(tmp_path, rows)
     with (tmp_path / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, EPOCH)
         writer.writeheader()
@@ -113,6 +118,18 @@ def test_the_table_says_how_many_seeds_and_what_diverged(folder):
     assert lines[5].startswith("| PIO | 10.00 | -2.70 | - | -21.3 |")
 
 
+def test_a_difference_over_fewer_seeds_than_the_mean_says_over_how_many(tmp_path):
+    """A seed that the reference lost is in the arm's mean and in no difference."""
+    errors = {"SGD": {0: 12.0, 1: 11.0, 2: "nan"}, "Sp": {0: 11.5, 1: 11.1, 2: 30.0}, "PI": {2: 9.0, 3: "nan"}}
+    write_rows(tmp_path, [row("final", arm, s, e) for arm, runs in errors.items() for s, e in runs.items()])
+    sgd, sphere, pi = table(summarise(read(tmp_path), SPEC), SPEC).splitlines()[2:]
+    assert sgd.endswith("| 2 (1 diverged) |")
+    expected = stats.ttest_rel([11.5, 11.1], [12.0, 11.0]).confidence_interval(0.95)
+    assert f"| -0.20 | {expected.low:+.2f} to {expected.high:+.2f} |" in sphere
+    assert sphere.endswith("| 3 (2 shared) |")
+    assert pi == "| PI | 9.00 |  |  |  | 9.00 | 1 (1 diverged, 0 shared) |"
+
+
 def test_the_papers_layout_has_one_cell_an_arm_that_asks_for_it(folder):
     lines = paper_table(summarise(read(folder), SPEC), SPEC).splitlines()[2:]
     assert lines[0] == "|  | alone | PI | PO | PIO |"
@@ -122,6 +139,37 @@ def test_the_papers_layout_has_one_cell_an_arm_that_asks_for_it(folder):
     assert len(lines) == 5
     plain = {**SPEC, "arms": {"SGD": {"method": "sgd"}}}
     assert paper_table(summarise(read(folder), plain), plain) == ""
+
+
+def test_arms_of_one_cell_are_not_mixed_and_none_is_lost(tmp_path):
+    arms = {
+        "A": {"manifolds": ["sphere"], "scheme": "pi", "layout": True},
+        "B": {"manifolds": ["sphere"], "scheme": "po", "layout": True},
+        "C": {"manifolds": ["sphere"], "scheme": "po"},
+    }
+    spec = {**SPEC, "common": {"method": "fgsgd"}, "reference": "A", "arms": arms}
+    write_rows(tmp_path, [row("final", arm, 0, 10 + i) for i, arm in enumerate(arms)])
+    lines = paper_table(summarise(read(tmp_path), spec), spec).splitlines()[4:]
+    assert lines == ["| Sp | A: 10.00 (1)<br>B: 11.00 (1) |  |  |  |"]
+
+
+def test_an_arm_that_leaves_the_manifolds_out_has_those_of_the_default(tmp_path):
+    spec = {**SPEC, "reference": "A", "arms": {"A": {"method": "fgsgd", "layout": True}}}
+    write_rows(tmp_path, [row("final", "A", 0, 10)])
+    assert "| Sp+Ob+St |  |  |  | 10.00 (1) |" in paper_table(summarise(read(tmp_path), spec), spec)
+
+
+def test_a_grid_that_diverged_as_a_whole_has_a_report_that_says_so(tmp_path):
+    write_rows(tmp_path, [row("tune", "SGD", 100, "nan", key=run.key) for run in tuning_runs(SPEC, "SGD")])
+    report = write(tmp_path, SPEC)[0].read_text()
+    assert "| SGD | lr 0.1, 0.2, 0.4 | none: every point diverged |  | 3 |" in report
+    assert "Not run: SGD, Sp, PI, PIO, PIO, rho none." in report
+
+
+def test_a_grid_that_is_half_run_is_not_decided(tmp_path):
+    runs = list(tuning_runs(SPEC, "SGD"))[:2]
+    write_rows(tmp_path, [row("tune", "SGD", 100, 5, key=run.key) for run in runs])
+    assert tuning_table(read(tmp_path), SPEC).endswith("| SGD | lr 0.1, 0.2, 0.4 | not decided |  | 2 |")
 
 
 def test_the_choice_of_a_grid_is_told_with_its_edge(folder):
@@ -171,3 +219,57 @@ def test_many_arms_with_long_names_stay_apart(tmp_path):
     image = imread(plot_errors(errors, "an arm with a long name, number 0", tmp_path / "errors.png"))
     assert image.shape[0] > 25 * 25  # pixels
     assert MOST_CURVES < 12
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of every figure that is made."""
+    made = []
+
+    def figure_of(*args, **kwargs):
+        figure, axes = original(*args, **kwargs)
+        made.append(axes)
+        return figure, axes
+
+    original = figures.figure_of
+    monkeypatch.setattr(figures, "figure_of", figure_of)
+    return made
+
+
+def test_the_figure_of_errors_tells_what_diverged(drawn, tmp_path):
+    errors = {"SGD": {0: 12.0, 1: math.nan}, "lost": {0: math.nan, 1: None}, "Sp": {0: 11.0, 1: 13.5}}
+    plot_errors(errors, "SGD", tmp_path / "errors.png")
+    ((axis,),) = drawn
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["SGD (1 diverged)", "lost (2 diverged)", "Sp"]
+    half = stats.t.interval(0.95, 1, 12.25, stats.sem([11.0, 13.5]))
+    assert any(list(line.get_xdata()) == pytest.approx(half) for line in axis.get_lines() if len(line.get_xdata()) == 2)
+    plot_errors({"lost": {0: math.nan}}, "lost", tmp_path / "errors.png")
+
+
+def curve(errors):
+    return [{"epoch": float(i + 1), "train_loss": 1.0 / (i + 1), "val_error": e} for i, e in enumerate(errors)]
+
+
+def test_curves_are_means_over_seeds_of_the_reference_and_the_best_arms(drawn, tmp_path):
+    curves = {"SGD": [curve([30.0, 20.0, 9.0]), curve([50.0, None, 11.0])]} | {f"{i}": [curve([9.0])] for i in range(9)}
+    summary = [{"arm": "SGD", "test_error_mean": 99.0}] + [
+        {"arm": f"{i}", "test_error_mean": 9.0 - i} for i in range(9)
+    ]
+    plot_curves(curves, summary, "SGD", tmp_path / "curves.png", most=3)
+    ((loss, validation),) = drawn
+    assert [line.get_label() for line in validation.get_lines()] == ["SGD", "7", "8"]
+    assert list(validation.get_lines()[0].get_ydata()) == pytest.approx([40.0, 20.0, 10.0])
+    assert loss.get_title() == "3 of 10 arms: SGD, and those of least test error"
+
+
+@pytest.mark.parametrize(
+    ("errors", "scale"),
+    [([20.0, 0.0], "linear"), ([20.0, 10.0], "log"), ([11.0, 10.0], "linear"), ([90.0, 1.0], "log"), ([], "linear")],
+)
+def test_no_validation_error_is_out_of_sight_or_without_numbers_beside_it(errors, scale, drawn, tmp_path):
+    plot_curves({"SGD": [curve(errors)]}, [{"arm": "SGD", "test_error_mean": 1.0}], "SGD", tmp_path / "curves.png")
+    ((_, axis),) = drawn
+    assert axis.get_yscale() == scale
+    low, high = axis.get_ylim()
+    assert all(low <= e <= high for e in errors)
+    assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 3
