@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_fgsgd.plan import DEFAULT_MANIFOLDS
 from recipes.experiments import figures
-from recipes.experiments.spec import tuning_runs
+from recipes.experiments.spec import asked_for, tuning_runs
 from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curves, summarise, tuned
 
 SHORT = {"sphere": "Sp", "oblique": "Ob", "stiefel": "St", "euclidean": "Euc"}
@@ -33,7 +33,7 @@ def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
     Returns:
         The files, none where nothing has been run.
     """
-    rows = read(folder)
+    rows = asked_for(spec, read(folder))
     if not rows:
         return []
     summary = summarise(rows, spec)

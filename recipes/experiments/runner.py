@@ -67,9 +67,13 @@ def run_all(spec: Mapping[str, Any], folder: Path, root: str, workers: int, devi
             waiting = [run for run in runs if run.key not in done | under_way] if not failed else []
             while waiting and free:
                 run, device = waiting.pop(0), free.popleft()
-                task = pool.submit(
-                    train, dict(run.config), run.seed, test=run.stage == "final", root=root, device=device
-                )
+                options: dict[str, Any] = {
+                    "test": run.stage == "final",
+                    "root": root,
+                    "device": device,
+                    "watch": run.watch,
+                }
+                task = pool.submit(train, dict(run.config), run.seed, **options)
                 running[task] = run, device
             if not running:
                 break

@@ -11,7 +11,8 @@
       ...
 
 An arm with a ``grid`` is first run at each of its points with each of the ``tuning_seeds``; the point with the least mean
-validation error is what its final runs use. ``tuned_as`` takes the point that another arm chose.
+validation error is what its final runs use. ``tuned_as`` takes the point that another arm chose. ``watch: true`` keeps
+norms, bounds, λ and R of the run with the first seed; ``layout: true`` puts the arm into the table laid out as the paper's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import yaml
 
 # What an arm says of itself, not of its runs.
-OF_THE_ARM = ("grid", "tuned_as", "layout", "seeds")
+OF_THE_ARM = ("grid", "tuned_as", "layout", "seeds", "watch")
 FIELDS = ("name", "seeds", "tuning_seeds", "reference", "common", "arms")
 
 
@@ -41,6 +42,7 @@ class Run:
     arm: str
     seed: int
     config: Mapping[str, Any]
+    watch: bool = False
 
     @property
     def key(self) -> str:
@@ -96,23 +98,38 @@ def tuning_runs(spec: Mapping[str, Any], arm: str) -> Iterator[Run]:
 
 
 def final_runs(spec: Mapping[str, Any], arm: str, rows: Iterable[Mapping[str, Any]]) -> list[Run] | None:
-    """The runs of an arm that count; None as long as what they are to be tuned with is not known.
+    """The runs of an arm that count.
 
     Args:
         spec: the experiment.
         arm: the arm.
         rows: what was run, with ``"key"`` and ``"val_error"``.
+
+    Returns:
+        None as long as what they are to be tuned with is not known; an empty list where every point of the grid diverged.
     """
     options = spec["arms"][arm]
     chosen: Mapping[str, Any] | None = {}
     tuned = options.get("tuned_as", arm)
     if spec["arms"][tuned].get("grid"):
-        chosen = choose(spec, tuned, rows)
+        try:
+            chosen = choose(spec, tuned, rows)
+        except ArithmeticError:
+            return []
     if chosen is None:
         return None
     # What the arm says itself holds over what another arm was tuned to.
     config = _merge(_merge(_base(spec, arm), chosen), {k: v for k, v in options.items() if k not in OF_THE_ARM})
-    return [Run("final", arm, seed, config) for seed in options.get("seeds", spec["seeds"])]
+    seeds = options.get("seeds", spec["seeds"])
+    return [Run("final", arm, seed, config, bool(options.get("watch")) and seed == seeds[0]) for seed in seeds]
+
+
+def asked_for(spec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Those of the rows that are runs of the experiment as it stands: not those of arms or settings that it had before."""
+    keys = {run.key for arm in spec["arms"] for run in tuning_runs(spec, arm)}
+    for arm in spec["arms"]:
+        keys |= {run.key for run in final_runs(spec, arm, rows) or []}
+    return [row for row in rows if row["key"] in keys]
 
 
 def choose(spec: Mapping[str, Any], arm: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:

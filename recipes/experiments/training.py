@@ -171,23 +171,26 @@ class Curve(Callback):
         self._val = math.nan
 
 
-def train(config: dict[str, Any], seed: int, *, test: bool, root: str, device: str = "cpu") -> Outcome:
+def train(
+    config: dict[str, Any], seed: int, *, test: bool, root: str, device: str = "cpu", watch: bool = False
+) -> Outcome:
     """Run one configuration with one seed.
 
     Args:
         config: ``data`` (of :class:`~recipes.experiments.data.Task`), ``network`` (of
-            :func:`~recipes.experiments.networks.build`), ``epochs``, ``validate_every``, ``watch`` and ``method``; all other
+            :func:`~recipes.experiments.networks.build`), ``epochs``, ``validate_every`` and ``method``; all other
             entries are options of the method, of its callbacks for ``fgsgd``.
         seed: of the images that are drawn, the network's start, the batches and the index sets.
         test: whether the test images are looked at.
         root: folder of the data.
         device: ``"cpu"`` or ``"cuda:<n>"``.
+        watch: whether to keep norms, bounds, λ and R by layer and epoch, of ``fgsgd``.
     """
     _quiet()
     options = dict(config)
     data = Task(root=root, seed=seed, **options.pop("data"))
     network, epochs = options.pop("network"), options.pop("epochs")
-    every, watch, method = options.pop("validate_every", 1), options.pop("watch", False), options.pop("method")
+    every, method = options.pop("validate_every", 1), options.pop("method")
     bn_momentum = options.pop("bn_momentum", None)
     module_options = {name: options.pop(name) for name in ("warmup", "euclidean_lr", "frozen_norms") if name in options}
     callbacks, options = _callbacks(method, options, seed, watch)
@@ -229,7 +232,7 @@ def train(config: dict[str, Any], seed: int, *, test: bool, root: str, device: s
         numbers["test_error"] = module.error()
         if kept is not None:
             numbers |= kept.measure(net)
-    return Outcome(numbers, curve.epochs, _history(callbacks) if watch else None)
+    return Outcome(numbers, curve.epochs, (_history(callbacks) or None) if watch else None)
 
 
 class Kept:

@@ -10,7 +10,7 @@ from recipes.experiments import figures
 from recipes.experiments.figures import MOST_CURVES, plot_curves, plot_errors
 from recipes.experiments.report import paper_table, table, tuning_table, write
 from recipes.experiments.runner import COLUMNS, EPOCH
-from recipes.experiments.spec import tuning_runs
+from recipes.experiments.spec import final_runs, tuning_runs
 from recipes.experiments.summary import interval, read, read_curves, summarise, tuned
 
 SPEC = {
@@ -33,6 +33,12 @@ ERRORS = {
     "PI": {1: 13.0, 3: 12.0},
     "PIO": {2: 10.0},
 }
+TUNED = {run.key: error for run, error in zip(tuning_runs(SPEC, "SGD"), (3, 2, 1), strict=True)}
+KEYS = {
+    (arm, run.seed): run.key
+    for arm in SPEC["arms"]
+    for run in final_runs(SPEC, arm, [{"key": key, "val_error": error} for key, error in TUNED.items()])
+}
 
 
 def row(stage, arm, seed, error, **more):
@@ -44,7 +50,7 @@ def row(stage, arm, seed, error, **more):
         "config": json.dumps({"lr": 0.1}),
     }
     return (
-        {**dict.fromkeys(COLUMNS, ""), "key": f"{stage}{arm}{seed}", "stage": stage, "arm": arm, "seed": seed}
+        {**dict.fromkeys(COLUMNS, ""), "key": KEYS.get((arm, seed), ""), "stage": stage, "arm": arm, "seed": seed}
         | numbers
         | told
         | more
@@ -61,19 +67,17 @@ def write_rows(folder, rows):
 @pytest.fixture
 def folder(tmp_path):
     rows = [row("final", arm, seed, error) for arm, errors in ERRORS.items() for seed, error in errors.items()]
-    rows += [
-        row("tune", "SGD", 100, e, key=run.key) for run, e in zip(tuning_runs(SPEC, "SGD"), (3, 2, 1), strict=True)
-    ]
+    rows += [row("tune", "SGD", 100, error, key=key) for key, error in TUNED.items()]
     write_rows(tmp_path, rows)
     with (tmp_path / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, EPOCH)
         writer.writeheader()
         # A run that was cut off after two epochs, and run again.
         for key, epoch, loss in (
-            ("finalSGD0", 1, 9.0),
-            ("finalSGD0", 2, 8.0),
-            ("finalSGD0", 1, 2.0),
-            ("finalSGD0", 2, 1.0),
+            (KEYS["SGD", 0], 1, 9.0),
+            (KEYS["SGD", 0], 2, 8.0),
+            (KEYS["SGD", 0], 1, 2.0),
+            (KEYS["SGD", 0], 2, 1.0),
         ):
             writer.writerow(
                 {"key": key, "epoch": float(epoch), "train_loss": loss, "val_error": "" if epoch == 1 else 12.0}
@@ -273,3 +277,10 @@ def test_no_validation_error_is_out_of_sight_or_without_numbers_beside_it(errors
     low, high = axis.get_ylim()
     assert all(low <= e <= high for e in errors)
     assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 3
+
+
+def test_runs_under_other_settings_are_in_no_table(folder):
+    before = write(folder, SPEC)[0].read_text()
+    with (folder / "runs.csv").open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerow(row("final", "PIO, rho none", 0, 1.0, key="of another budget"))
+    assert write(folder, SPEC)[0].read_text() == before
