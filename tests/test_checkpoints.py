@@ -151,13 +151,17 @@ def to_the_end(folder, start, every, ckpt_path=None):
     torch.save(end, folder / "end.pt")
 
 
+# How torch.load says that a file is cut short: by where it is.
+TORN = RuntimeError, OSError, EOFError, pickle.UnpicklingError
+
+
 def newest_whole(folder):
     """The newest checkpoint that can be read, and how many newer ones cannot: they were being written."""
     paths = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for torn, path in enumerate(paths):
         try:
             torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):  # how torch.load says that a file is cut short
+        except TORN:
             continue
         return path, torn
     raise AssertionError(f"no whole checkpoint among {paths}")
