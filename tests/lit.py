@@ -1,5 +1,7 @@
 """A LightningModule and its data for the tests that run a real Trainer."""
 
+import textwrap
+
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.nn.functional import cross_entropy
@@ -7,6 +9,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fgsgd import FGSGDMixin
 from tests.conftest import TinyNet
+
+QUIET_EPOCH = """
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  devices: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+"""
 
 
 class LitBase(LightningModule):
@@ -45,3 +59,10 @@ def trainer(folder, *callbacks, max_epochs=2, **options):
         enable_model_summary=False,
         **options,
     )
+
+
+def config(folder, callbacks: str):
+    """A file for LightningCLI: a quiet epoch with these callbacks, a list in YAML."""
+    path = folder / "config.yaml"
+    path.write_text(QUIET_EPOCH + textwrap.indent(textwrap.dedent(callbacks), "    "))
+    return path

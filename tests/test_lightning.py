@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+from tests import lit
+
 pytest.importorskip("lightning")
 OTHER = {"pytorch_lightning": "lightning.pytorch", "lightning.pytorch": "pytorch_lightning"}
 BY_NAME = {"pytorch_lightning": "import pytorch_lightning as pl", "lightning.pytorch": "import lightning.pytorch as pl"}
@@ -105,24 +107,14 @@ def test_a_checkpoint_of_one_is_resumed_by_the_other(tmp_path):
 @pytest.mark.parametrize("lightning", OTHER)
 @pytest.mark.parametrize("first", ["ours", "lightning"])
 def test_the_command_line_takes_our_class_paths(tmp_path, lightning, first):
-    (tmp_path / "config.yaml").write_text(
-        """
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  devices: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
+    callbacks = """
     - class_path: lightning_fgsgd.POMGrouping
       init_args: {scheme: pi, manifolds: [sphere, stiefel]}
     - class_path: lightning_fgsgd.FeatureStdRescaling
     - class_path: lightning_fgsgd.NormBoundMonitor
       init_args: {every_n_steps: 1}
-"""
-    )
+    """
+    lit.config(tmp_path, callbacks)
     command = f"""
     from {lightning}.cli import LightningCLI
     cli = LightningCLI(Lit, run=False, args=["--config", "config.yaml"], save_config_callback=None)

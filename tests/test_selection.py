@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_fgsgd import FGSGD, POMGrouping, pom_param_groups
 from lightning_fgsgd.plan import draw_plan
-from tests.lit import LitBase, LitTiny, loader, trainer
+from tests.lit import LitBase, LitTiny, config, loader, trainer
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +119,7 @@ def test_starts_can_be_mixed_and_each_is_kept(resnet):
 def test_everything_is_chosen_from_yaml(tmp_path):
     from pytorch_lightning.cli import LightningCLI
 
-    (tmp_path / "config.yaml").write_text(
-        """
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
+    callbacks = """
     - class_path: lightning_fgsgd.POMGrouping
       init_args:
         exclude: ["*depthwise*"]
@@ -138,9 +129,9 @@ trainer:
           "type:ConvTranspose2d": {cutting: filter}
         no_weight_decay: true
         verbose: true
-"""
-    )
-    cli = LightningCLI(LitTiny, run=False, args=["--config", str(tmp_path / "config.yaml")], save_config_callback=None)
+    """
+    args = ["--config", str(config(tmp_path, callbacks))]
+    cli = LightningCLI(LitTiny, run=False, args=args, save_config_callback=None)
     cli.trainer.fit(cli.model, loader())
     (optimizer,) = cli.trainer.optimizers
     poms = {pom.name: pom for pom in optimizer.poms.values()}
