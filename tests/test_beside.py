@@ -62,6 +62,11 @@ class Lit(LitTimm):
         self.log("val_loss", cross_entropy(self.model(batch[0]), batch[1]))
 
 
+class Plain(Lit):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
 def lit(name="test_resnet", **options):
     torch.manual_seed(0)
     return Lit(name, **options)
@@ -234,7 +239,7 @@ def test_the_search_for_a_learning_rate_leaves_no_trace_and_the_fit_is_one_at_th
     tmp_path, start, epoch, no_stray_weights
 ):
     finder = RateFinder(epoch)
-    # Lightning's own search takes no step in a later epoch if there is validation, with any optimizer.
+    # Once validation has run, Lightning's own search takes no step.
     options = {"max_epochs": 4, "limit_val_batches": 0 if epoch else 1}
     fit = trainer(tmp_path, *ours(start), finder, **options)
     fit.fit(lit(batch_size=3))
@@ -246,6 +251,24 @@ def test_the_search_for_a_learning_rate_leaves_no_trace_and_the_fit_is_one_at_th
     by_hand.fit(lit(batch_size=3))
     assert equal(state(fit), state(by_hand))
     assert worst(fit.optimizers[0]) < 1e-5
+
+
+@pytest.mark.parametrize("module", [Lit, Plain])
+def test_once_validation_has_run_lightnings_search_takes_no_step_and_sets_no_rate_with_sgd_too(tmp_path, module):
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        callbacks = callbacks if module is Plain else (*ours(), *callbacks)
+        run = trainer(tmp_path, *callbacks, max_epochs=4)
+        run.fit(module(batch_size=3))
+        return run
+
+    finder = RateFinder(2)
+    searched = fit(finder)
+    assert finder.optimal_lr.results == {"lr": [], "loss": []}
+    assert finder.optimal_lr.suggestion() is None
+    assert finder.rates == [group["lr"] for group in searched.optimizers[0].param_groups]
+    assert equal(finder.before, finder.after)
+    assert equal(state(searched), state(fit()))
 
 
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
@@ -410,10 +433,6 @@ def test_an_average_from_before_the_first_rescale_is_far_from_the_manifolds_and_
 
 
 def test_with_batch_norm_and_no_validation_swa_itself_takes_one_more_step_on_the_average_with_sgd_too(tmp_path):
-    class Plain(Lit):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
     def moved(module, *callbacks, **options):
         weights, averaging = Weights(), StochasticWeightAveraging(0.05, swa_epoch_start=3, annealing_epochs=1)
         fit = trainer(tmp_path, *callbacks, averaging, weights, max_epochs=5, **options)
