@@ -149,67 +149,50 @@ def test_seeds_draw_other_images_and_starts_and_the_same_seed_the_same():
     assert first["train_loss"] != other["train_loss"]
 
 
-def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
+@pytest.fixture
+def watched(monkeypatch):
+    """Calls back with the Trainer and the module before every batch and after every epoch of :func:`train`."""
+
+    def watch(before_batch=lambda trainer: None, after_epoch=lambda module: None):
+        class Watching(training.Curve):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                before_batch(trainer)
+
+            def on_train_epoch_end(self, trainer, pl_module):
+                super().on_train_epoch_end(trainer, pl_module)
+                after_epoch(pl_module)
+
+        monkeypatch.setattr(training, "Curve", Watching)
+
+    return watch
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine_to_a_power(watched, power):
     rates = []
-
-    class Watching(training.Curve):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    original, training.Curve = training.Curve, Watching
-    try:
-        train(
-            {**SMALL, "epochs": 10, "validate_every": 10, "warmup": 0.1, "method": "sgd", "lr": 0.4},
-            0,
-            test=False,
-            root="",
-        )
-    finally:
-        training.Curve = original
-    total = len(rates)
-    assert total == 40
-    rising = [0.4 * (i + 1) / 4 for i in range(4)]
-    cosine = [0.2 * (1 + math.cos(math.pi * i / total)) for i in range(total)]
-    expected = [min(rising[i] / 0.4, 1) * cosine[i] if i < 4 else cosine[i] for i in range(total)]
-    assert rates == pytest.approx(expected)
+    watched(before_batch=lambda trainer: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
+    config = {**SMALL, "epochs": 10, "validate_every": 10, "warmup": 0.1, "power": power, "method": "sgd", "lr": 0.4}
+    train(config, 0, test=False, root="")
+    assert len(rates) == 40
+    cosine = [(0.5 + 0.5 * math.cos(math.pi * i / 40)) ** power for i in range(40)]
+    assert rates == pytest.approx([0.4 * min((i + 1) / 4, 1) * cosine[i] for i in range(40)])
 
 
-def test_unconstrained_parameters_can_have_a_learning_rate_of_their_own():
+def test_unconstrained_parameters_can_have_a_learning_rate_of_their_own(watched):
     seen = {}
-
-    class Watching(training.Curve):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.update({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups})
-
-    original, training.Curve = training.Curve, Watching
-    try:
-        train(
-            {**SMALL, "epochs": 1, "method": "fgsgd", "lr": 0.4, "euclidean_lr": 0.1, "warmup": 0.0},
-            0,
-            test=False,
-            root="",
-        )
-    finally:
-        training.Curve = original
+    watched(before_batch=lambda trainer: seen.update({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups}))
+    config = {**SMALL, "epochs": 1, "method": "fgsgd", "lr": 0.4, "euclidean_lr": 0.1, "warmup": 0.0}
+    train(config, 0, test=False, root="")
     assert seen["euclidean"] == pytest.approx(seen["pom"] / 4)
 
 
-def test_frozen_norms_keep_the_statistics_that_they_had():
-    kept = {}
-
-    class Watching(training.Curve):
-        def on_train_epoch_end(self, trainer, pl_module):
-            super().on_train_epoch_end(trainer, pl_module)
-            kept[trainer.current_epoch] = pl_module.net.bn1.running_mean.clone()
-
-    original, training.Curve = training.Curve, Watching
-    try:
-        train({**SMALL, "method": "sgd", "lr": 0.1, "frozen_norms": True}, 0, test=False, root="")
-        assert all(not mean.any() for mean in kept.values())
-        train({**SMALL, "method": "sgd", "lr": 0.1}, 0, test=False, root="")
-        assert all(mean.any() for mean in kept.values())
-    finally:
-        training.Curve = original
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_norms_keep_the_statistics_that_they_had(watched, frozen):
+    kept = []
+    watched(after_epoch=lambda module: kept.append(module.net.bn1.running_mean.clone()))
+    train({**SMALL, "method": "sgd", "lr": 0.1, "frozen_norms": frozen}, 0, test=False, root="")
+    assert len(kept) == 2
+    assert all(bool(mean.any()) != frozen for mean in kept)
 
 
 def test_where_a_row_comes_from_is_the_commit_of_the_checkout():
