@@ -171,6 +171,7 @@ def test_a_script_of_a_page_runs_by_the_command_beside_it(page, command, tmp_pat
     # The commands of this Python's environment come first. Two processes may have one GPU between them, or none.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     found = {"PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    found["PYTHONUNBUFFERED"] = ""  # else a line and its end are written apart, and two processes' lines run together
     done = subprocess.run(
         command, shell=True, cwd=tmp_path, env={**os.environ, **found}, capture_output=True, text=True, timeout=300
     )
