@@ -21,6 +21,8 @@ __all__ = ["CONVOLUTIONS", "CUTTINGS", "Cutting", "cutting_of"]
 
 CUTTINGS = ("kernel", "filter")
 
+Device = torch.device | str
+
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -131,33 +133,37 @@ class Cutting:
             weight = weight.reshape(per_group).transpose(1, 2)
         return weight.reshape(-1, self.fan_in)
 
-    def input_channel(self) -> Tensor | None:
+    def input_channel(self, device: Device = "cpu") -> Tensor | None:
         """Input channel that each component reads, shape (k,); None for blocks, which read a whole fan-in."""
-        return None if self.kind == "filter" else self._first_channel() if self.transposed else self._second_channel()
+        if self.kind == "filter":
+            return None
+        return self._first_channel(device) if self.transposed else self._second_channel(device)
 
-    def output_channel(self) -> Tensor | None:
+    def output_channel(self, device: Device = "cpu") -> Tensor | None:
         """Output channel that each component writes, shape (k,); None for blocks, which write p of them."""
-        return None if self.kind == "filter" else self._second_channel() if self.transposed else self._first_channel()
+        if self.kind == "filter":
+            return None
+        return self._second_channel(device) if self.transposed else self._first_channel(device)
 
-    def _first_channel(self) -> Tensor:
+    def _first_channel(self, device: Device) -> Tensor:
         """Of kernels: the channel that the weight's first axis counts."""
-        return torch.arange(self.shape[0], device="cpu").repeat_interleave(self.shape[1]).repeat(self.experts or 1)
+        return torch.arange(self.shape[0], device=device).repeat_interleave(self.shape[1]).repeat(self.experts or 1)
 
-    def _second_channel(self) -> Tensor:
+    def _second_channel(self, device: Device) -> Tensor:
         """Of kernels: the channel that the weight's second axis counts, within its conv group."""
         first, second = self.shape[:2]
-        conv_group = torch.arange(first, device="cpu") // (first // self.conv_groups)
-        return (conv_group[:, None] * second + torch.arange(second, device="cpu")).flatten().repeat(self.experts or 1)
+        conv_group = torch.arange(first, device=device) // (first // self.conv_groups)
+        return (conv_group[:, None] * second + torch.arange(second, device=device)).flatten().repeat(self.experts or 1)
 
-    def reads(self) -> Tensor:
+    def reads(self, device: Device = "cpu") -> Tensor:
         """Number of the features that each component reads, shape (k,): its input channel, or the conv group of a block."""
-        channel = self.input_channel()
-        return self.conv_group() if channel is None else channel
+        channel = self.input_channel(device)
+        return self.conv_group(device) if channel is None else channel
 
-    def conv_group(self) -> Tensor:
+    def conv_group(self, device: Device = "cpu") -> Tensor:
         """Conv group that each component belongs to, shape (k,)."""
         of_one = self.count // (self.experts or 1)
-        return (torch.arange(of_one, device="cpu") // (of_one // self.conv_groups)).repeat(self.experts or 1)
+        return (torch.arange(of_one, device=device) // (of_one // self.conv_groups)).repeat(self.experts or 1)
 
 
 def cutting_of(module: nn.Module, kind: str = "kernel", block_size: int = 16, attr: str = "weight") -> Cutting | None:

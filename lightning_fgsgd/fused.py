@@ -20,22 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fgsgd import matrices
-from lightning_fgsgd.factors import upper_entries
-from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import SCHEMES
-from lightning_fgsgd.manifolds import get_manifold
-from lightning_fgsgd.matrices import Planes, where
 from lightning_fgsgd.pom import POM
-from lightning_fgsgd.source import Program, Symbol, loop
+from lightning_fgsgd.source import Program, loop
 from lightning_fgsgd.source_blocks import BlockProgram, Rows, Square, block_loop
-from lightning_fgsgd.step import Options, move, riemannian_gradient
+from lightning_fgsgd.step import Options
+from lightning_fgsgd.symbolic import WORTH_COMPILING, planes, upper_of, variant_of, written
 
 __all__ = ["advance", "available", "group_squares", "suits"]
 
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 _MOST_ROWS = 64  # output neurons in a block up to which its p x p matrices stay in the first cache
-_WORTH_COMPILING = 128  # kernels from which on it pays to compile for 10 s (5x5) to half a minute (7x7)
 _MOST_SLOTS = 16  # groups in a pool up to which the loop finds a component's group by comparing
 
 
@@ -47,7 +42,7 @@ def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
     if any(x.dtype != weight.dtype or x.device != weight.device or pom.cutting.view(x) is None for x in tensors):
         return False
     if pom.cutting.small:
-        few = pom.cutting.n * pom.cutting.p > 16 and pom.cutting.count < _WORTH_COMPILING
+        few = pom.cutting.n * pom.cutting.p > 16 and pom.cutting.count < WORTH_COMPILING
         return not few and pom.sets.groups_in_pool <= _MOST_SLOTS and pom.sets.slot.dtype == torch.uint8
     return (
         pom.cutting.kind == "filter"
@@ -80,7 +75,7 @@ def group_squares(pom: POM, weight: Tensor, grad: Tensor, metric: str, options: 
         found = torch.empty(pom.cutting.count, dtype=weight.dtype)
         _call_blocks("squares", pom, weight, grad, None, None, metric, options, found, None)
         return pom.group_sums(found)
-    kernel = _kernel(_variant(pom, weight, metric), "squares")
+    kernel = _kernel(variant_of(pom, weight, metric), "squares")
     threads = _threads(weight)
     sums = torch.zeros(threads, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool, dtype=torch.float64)
     _call(kernel, pom, weight, grad, None, None, metric, options, sums, None, threads)
@@ -101,7 +96,7 @@ def advance(
     kind = "move" if buffer is None else "nesterov" if nesterov else "momentum"
     moved = torch.empty(pom.cutting.count, dtype=torch.bool)
     if pom.cutting.small:
-        kernel = _kernel(_variant(pom, weight, metric), kind)
+        kernel = _kernel(variant_of(pom, weight, metric), kind)
         table = share.view(-1, pom.sets.groups_in_pool).T.contiguous()
         _call(kernel, pom, weight, grad, buffer, table, metric, options, None, moved, _threads(weight))
     else:
@@ -120,16 +115,6 @@ def _threads(weight: Tensor) -> int:
 # From the step to C++ ------------------------------------------------------------------------------------------------
 
 
-def _variant(pom: POM, weight: Tensor, metric: str) -> tuple[Any, ...]:
-    """What the code depends on."""
-    names = tuple((i, m.name) for i, m in pom.manifolds.items())
-    n = pom.cutting.n if pom.cutting.small else 0
-    # Of U: packed in small kernels, a number, a diagonal or all of it in blocks.
-    entries = 0 if pom.upper is None else len(pom.upper) if pom.cutting.small else pom.upper[0].numel()
-    radius = not pom.all_ones
-    return n, pom.cutting.p, names, entries, radius, metric == "embedded" and radius, weight.dtype
-
-
 @functools.cache
 def _kernel(variant: tuple[Any, ...], kind: str) -> Any:
     """The compiled code of a variant; of blocks, and the number of rooms that it needs."""
@@ -141,79 +126,42 @@ def _kernel(variant: tuple[Any, ...], kind: str) -> Any:
 
 def source(variant: tuple[Any, ...], kind: str) -> str:
     """The C++ of one of the functions of a step, ``"squares"``, ``"move"``, ``"momentum"`` or ``"nesterov"``."""
-    n, p, names, entries, has_radius, embedded, dtype = variant
+    n, p, _, entries, has_radius, _, dtype = variant
     program = Program(dtype)
     size = range(n * p)
-
-    def planes(name: str) -> Planes:
-        return Planes([[program.symbol(f"{name}{i * p + j}[t]") for j in range(p)] for i in range(n)])
-
-    masks, inverse_root, radius = _given(program, names, has_radius, embedded, "[t]")
-    geometry = Geometry(masks, inverse_root, radius, _upper(program, entries, p))
-    options = Options(*(program.number(i) for i in range(len(Options._fields))))
-    omega, grad = planes("w"), planes("g")
+    found = written(
+        program,
+        variant,
+        kind,
+        lambda x: planes(program, x, n, p, "[t]"),
+        upper_of(program, entries, p, "[t]"),
+        at="[t]",
+    )
     if kind == "squares":
-        gradient = riemannian_gradient(geometry, geometry.unit(omega), omega, grad, options)
-        program.store("q[t]", matrices.squares(gradient))
+        program.store("q[t]", found[0])
         return loop(program, size, entries, has_radius, reads=("w", "g"), writes=(), sums=True)
-    buffer = None if kind == "move" else planes("b")
-    share = program.symbol("f[t]")
-    weights, momentum, within = move(geometry, omega, grad, buffer, share, options, nesterov=kind == "nesterov")
+    weights, momentum, within = found
     for i in size:
         program.store(f"w{i}[t]", weights.entries[i])
         if momentum is not None:
             program.store(f"b{i}[t]", momentum.entries[i])
     program.store("o[t]", within)
-    touched = ("w",) if buffer is None else ("w", "b")
+    touched = ("w",) if momentum is None else ("w", "b")
     return loop(program, size, entries, has_radius, reads=("w", "g", *touched[1:]), writes=touched, sums=False)
 
 
 def block_source(variant: tuple[Any, ...], kind: str) -> str:
     """As :func:`source`, for blocks of p output neurons, of any fan-in."""
-    _, p, names, entries, has_radius, embedded, dtype = variant
+    _, p, _, entries, has_radius, _, dtype = variant
     program = BlockProgram(dtype, p)
-    masks, inverse_root, radius = _given(program, names, has_radius, embedded, "")
-    upper: Any = None
-    inverse: Any = None
-    if entries:
-        upper, *inverse = (Square(program, name, shape="upper") for name in ("u", "inverse", "excess"))
-    geometry = Geometry(masks, inverse_root, radius, upper, inverse)
-    options = Options(*(program.number(i) for i in range(len(Options._fields))))
-    omega, grad = Rows(program, "w"), Rows(program, "g")
+    upper, *inverse = (Square(program, x, shape="upper") for x in ("u", "inverse", "excess")) if entries else (None,)
+    found = written(program, variant, kind, lambda x: Rows(program, x), upper, inverse or None)
     if kind == "squares":
-        gradient = riemannian_gradient(geometry, geometry.unit(omega), omega, grad, options)
-        program.store("out[k]", matrices.squares(gradient))
+        program.store("out[k]", found[0])
         return block_loop(program, entries, has_radius, buffer=False)
-    buffer = None if kind == "move" else Rows(program, "b")
-    share = program.symbol("f")
-    weights, momentum, _ = move(geometry, omega, grad, buffer, share, options, nesterov=kind == "nesterov")
+    weights, momentum, _ = found
     program.finish(w_new=weights, b_new=momentum)
-    return block_loop(program, entries, has_radius, buffer=buffer is not None)
-
-
-def _given(program: Program, names: Any, has_radius: bool, embedded: bool, at: str) -> tuple[Any, Any, Any]:
-    """The manifolds with their masks, 1/√m and R, of the component that the code is about."""
-    which = program.symbol("m" + at)
-    masks = [(get_manifold(name), True if len(names) == 1 else which == number) for number, name in names]
-    first = len(Options._fields)
-    inverse_root: Any = program.number(first + names[0][0])
-    for (_, mask), (number, _) in zip(masks[1:], names[1:], strict=True):
-        inverse_root = where(mask, program.number(first + number), inverse_root)
-    radius: Any = program.symbol("r" + at) if has_radius else None
-    for manifold, mask in masks:
-        if has_radius and manifold.name == "euclidean":
-            radius = where(mask, 1.0, radius)  # R is kept by channel, for all components of it
-    return masks, inverse_root / radius if embedded else inverse_root, radius
-
-
-def _upper(program: Program, entries: int, p: int) -> Planes | None:
-    symbols: list[Symbol] = [program.symbol(f"u{i}[t]") for i in range(entries)]
-    if not symbols:
-        return None
-    if entries in (1, p):
-        return Planes([[symbols[j % entries] if i == j else 0.0 for j in range(p)] for i in range(p)])
-    at = dict(zip(upper_entries(p), symbols, strict=True))
-    return Planes([[at.get((i, j), 0.0) for j in range(p)] for i in range(p)])
+    return block_loop(program, entries, has_radius, buffer=momentum is not None)
 
 
 # Calling it ----------------------------------------------------------------------------------------------------------
@@ -231,7 +179,7 @@ def _call_blocks(
     out: Tensor | None,
     moved: Tensor | None,
 ) -> None:
-    kernel, rooms = _kernel(_variant(pom, weight, metric), kind)
+    kernel, rooms = _kernel(variant_of(pom, weight, metric), kind)
     threads, size = _threads(weight), pom.cutting.n * pom.cutting.p
     room = torch.empty(threads * rooms * size, dtype=weight.dtype)
     radius = None if pom.all_ones else pom.radius

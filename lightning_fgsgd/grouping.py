@@ -61,7 +61,7 @@ class IndexSets:
     @property
     def group(self) -> Tensor:
         """Number of the group of each component, int32 (k,): groups are numbered from 0, pool by pool."""
-        pool = pool_of(self.cutting, self.scheme).to(self.slot.device, torch.int32)
+        pool = pool_of(self.cutting, self.scheme, self.slot.device).to(torch.int32)
         return pool * self.groups_in_pool + self.slot.to(torch.int32)
 
     def to(self, device: torch.device) -> IndexSets:
@@ -139,10 +139,10 @@ def pool_size(cutting: Cutting, scheme: str) -> int:
     return cutting.count // (int(pool_of(cutting, scheme).max()) + 1)
 
 
-def pool_of(cutting: Cutting, scheme: str) -> Tensor:
+def pool_of(cutting: Cutting, scheme: str, device: torch.device | str = "cpu") -> Tensor:
     """Number of the pool of each component, int64 (k,)."""
-    channel = {"pi": cutting.input_channel, "po": cutting.output_channel, "pio": lambda: None}[scheme]()
-    return torch.zeros(cutting.count, dtype=torch.long, device="cpu") if channel is None else channel
+    channel = {"pi": cutting.input_channel, "po": cutting.output_channel, "pio": lambda _: None}[scheme](device)
+    return torch.zeros(cutting.count, dtype=torch.long, device=device) if channel is None else channel
 
 
 def _deal(rows: int, length: int, labels: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.plan import POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
 from lightning_fgsgd.sharding import add_up, anywhere, largest, local, opened, shard_of, split_like, version, whole_of
-from lightning_fgsgd.update import Update, compiles, undisturbed
+from lightning_fgsgd.update import Update, compiles, move_all, shares_of_all, sums_of_all, undisturbed
 
 __all__ = ["FGSGD"]
 
@@ -254,18 +254,17 @@ class FGSGD(torch.optim.Optimizer):
         self._check(updates)
         sums = self._sums(updates)  # looks for gradients that are not finite, before anything moves
         self._unplaced.clear()
-        left = []
-        for update, of_groups in zip(updates, sums, strict=True):
-            shares = update.shares(of_groups)
-            if update.pom.constrains:
-                left.append((update, shares, update.move(shares)))
-            else:
-                update.move_freely(shares)
+        shares = shares_of_all(updates, sums)
+        bound = [(u, x) for u, x in zip(updates, shares, strict=True) if u.pom.constrains]
+        moved = move_all(*map(list, zip(*bound, strict=True))) if bound else []
+        for update, share in zip(updates, shares, strict=True):
+            if not update.pom.constrains:
+                update.move_freely(share)
         # One answer to the host: steps that are too long for the fast retraction are as good as never taken.
-        if left and not bool(torch.stack([moved.all() for _, _, moved in left]).all()):
-            for update, shares, moved in left:
-                if not bool(moved.all()):
-                    update.move_far(shares, moved)
+        if moved and not bool(torch.stack([m.all() for m in moved]).all()):
+            for (update, share), m in zip(bound, moved, strict=True):
+                if not bool(m.all()):
+                    update.move_far(share, m)
         for update in updates:
             if update.group["lr"] != 0:
                 self._versions[update.weight] = version(update.weight)
@@ -292,21 +291,21 @@ class FGSGD(torch.optim.Optimizer):
         chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
         updates = []
         for p, group in found:
-            compiled = p.device.type == "cpu" and compiles(group["fused"])
+            compiled = compiles(group["fused"], p.device)
             updates.append(Update(p, self._poms[p], group, self.state[p], compiled, chunk))
         return updates
 
     def _sums(self, updates: list[Update]) -> list[Tensor | None]:
         """R_g² of the groups of each weight, None without 𝔤. Refuses gradients that are not finite."""
         shards = [update.pom.shard for update in updates]
-        sums = [None if u.group["rho"] is None else u.sums() for u in updates]
+        sums = sums_of_all(updates)
         spread = {
             i: (s, x) for i, (s, x) in enumerate(zip(shards, sums, strict=True)) if s and s.spread and x is not None
         }
         for i, found in add_up(spread).items():
             sums[i] = found
-        most = [x.max().double() for x in sums if x is not None]
-        bad = bool(most) and not float(torch.stack(most).max()) <= checks.LARGEST_GRADIENT**2
+        known = [x for x in sums if x is not None]
+        bad = bool(known) and not float(torch.cat(known).max()) <= checks.LARGEST_GRADIENT**2
         if any(shards):
             bad = any(anywhere([bad] * len(shards), shards, updates[0].grad.device))
         if bad:

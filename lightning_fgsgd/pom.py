@@ -175,17 +175,17 @@ class POM:
         """R of each component, (k,)."""
         radius = self._radius
         if len(radius) != self.cutting.count:
-            radius = radius[self.cutting.reads().to(radius.device)]
+            radius = radius[self.cutting.reads(radius.device)]
         return torch.where(self.on("euclidean"), 1.0, radius)
 
     def reads(self) -> Tensor:
         """Number of the features that each component reads among those of the layer, (k,)."""
-        reads = self.layer.reads()
-        return (reads if self.shard is None else reads[self.shard.components]).to(self.sets.slot.device)
+        reads = self.layer.reads(self.sets.slot.device)
+        return reads if self.shard is None else reads[self.shard.components]
 
     def set_radius(self, radius: Tensor) -> None:
         """Keep R of each component (k,): once for all that read the same features, where it is the same for them."""
-        reads, free = self.cutting.reads().to(radius.device), self.on("euclidean")
+        reads, free = self.cutting.reads(radius.device), self.on("euclidean")
         by_channel = radius.new_ones(int(reads.max()) + 1)
         by_channel[reads[~free]] = radius[~free]
         same = bool(torch.where(free, True, by_channel[reads] == radius).all())

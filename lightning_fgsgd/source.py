@@ -45,10 +45,10 @@ class Symbol:
         return self._program.line("{} * {}", other, self)
 
     def __truediv__(self, other: Any) -> Symbol:
-        return self._program.line("{} / {}", self, other)
+        return self._program.line(self._program.over, self, other)
 
     def __rtruediv__(self, other: Any) -> Symbol:
-        return self._program.line("{} / {}", other, self)
+        return self._program.line(self._program.over, other, self)
 
     def __neg__(self) -> Symbol:
         return self._program.line("-{}", self)
@@ -63,7 +63,7 @@ class Symbol:
 
     def rsqrt(self) -> Symbol:
         """1 / √x."""
-        return self._program.line("1 / std::sqrt({})", self)
+        return self._program.line(self._program.one_over_root, self)
 
     def settled(self) -> Any:
         """This condition, or ``True`` where the program sees to it by itself."""
@@ -71,11 +71,21 @@ class Symbol:
 
     def where(self, a: Any, b: Any) -> Symbol:
         """``a`` where this condition holds, else ``b``."""
-        return self._program.line("{} ? {} : {}", self, a, b)
+        return self._program.line(self._program.choice, self, a, b)
 
 
 class Program:
-    """Straight-line code on numbers of one type. An operation that was done before is not done again."""
+    """Straight-line code on numbers of one type. An operation that was done before is not done again.
+
+    Attributes:
+        over, one_over_root, choice, definition: how the language writes a quotient, 1 / √x, a choice by a condition, and a
+            name for a result; the rest is the same in C++ and Python.
+    """
+
+    over = "{} / {}"
+    one_over_root = "1 / std::sqrt({})"
+    choice = "{} ? {} : {}"
+    definition = "const auto {} = {};"
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -103,7 +113,7 @@ class Program:
         if code not in self._known:
             name = f"v{len(self._known)}"
             self._known[code] = Symbol(self, name)
-            self.lines.append(f"const auto {name} = {code};")
+            self.lines.append(self.definition.format(name, code))
         return self._known[code]
 
     def settled(self, condition: Symbol) -> Any:
@@ -111,7 +121,7 @@ class Program:
         return condition
 
     def text(self, x: Any) -> str:
-        """A symbol or a number, in C++."""
+        """A symbol or a number, as the language writes it."""
         return x.name if isinstance(x, Symbol) else f"real({x!r})" if isinstance(x, float) else str(x)
 
     def store(self, place: str, value: Symbol) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,32 +12,35 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from lightning_fgsgd import eager, fused
+from lightning_fgsgd import eager, fused, fused_gpu
 from lightning_fgsgd.average import distance_to_average
 from lightning_fgsgd.pom import POM, working_dtype
-from lightning_fgsgd.sharding import add_up, opened, split_like
+from lightning_fgsgd.sharding import add_up, local, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
-__all__ = ["Update", "compiles", "undisturbed"]
+__all__ = ["Update", "compiles", "move_all", "shares_of_all", "sums_of_all", "undisturbed"]
 
 
-def compiles(wanted: bool | None) -> bool:
-    """Whether the compiled step is to be used: as ``wanted``, or where there is a compiler.
+def compiles(wanted: bool | None, device: torch.device | str = "cpu") -> bool:
+    """Whether the compiled step is to be used on a device: as ``wanted``, or where there is a compiler.
 
     Raises:
         RuntimeError: it is wanted, and there is none.
     """
-    if wanted is False:
+    kind = torch.device(device).type
+    if wanted is False or kind not in ("cpu", "cuda"):
         return False
-    reason = fused.available()
+    on_gpu = kind == "cuda" or fused_gpu.interpreted()
+    reason = fused_gpu.available() if on_gpu else fused.available()
+    what, remedy = ("Triton code", "triton") if on_gpu else ("C++", "a compiler (g++ or clang++)")
     if reason and wanted:
-        raise RuntimeError(f"fused: True was asked for, but no C++ could be compiled here ({reason})")
-    if reason and not _said:
-        _said.append(reason)
+        raise RuntimeError(f"fused: True was asked for, but no {what} could be compiled here ({reason})")
+    if reason and what not in _said:
+        _said.append(what)
         warnings.warn(
-            f"FGSGD: no C++ could be compiled here ({reason}), so weights are stepped by torch's own operations, which "
-            "takes several times as long; install a compiler (g++ or clang++), or pass fused=False to say that you know",
+            f"FGSGD: no {what} could be compiled here ({reason}), so weights are stepped by torch's own operations, which "
+            f"takes several times as long; install {remedy}, or pass fused=False to say that you know",
             stacklevel=4,
         )
     return not reason
@@ -48,11 +51,43 @@ _said: list[str] = []
 
 @contextmanager
 def undisturbed(weights: Iterable[Tensor]) -> Iterator[None]:
-    """The geometry of ``weights`` keeps its precision, also where a step is taken under autocast (manual optimization)."""
+    """The geometry of ``weights`` keeps its precision.
+
+    Also where a step is taken under autocast (manual optimization), and where float32 products are allowed to be rounded
+    (``torch.set_float32_matmul_precision``): manifolds would be left by a thousandth in every step.
+    """
     with ExitStack() as stack:
         for device in {p.device.type for p in weights}:
             stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_exact_products())
         yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    # torch 2.9 and later refuse the older name once the newer has been used.
+    new = [b for b in backends if hasattr(b, "fp32_precision")]
+    if not new:
+        before = torch.get_float32_matmul_precision()
+        if before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    allowed = [(b, b.fp32_precision) for b in new]
+    rounded = [(b, precision) for b, precision in allowed if precision not in ("ieee", "none")]
+    for b, _ in rounded:
+        b.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for b, precision in rounded:
+            b.fp32_precision = precision
 
 
 @dataclass
@@ -88,6 +123,21 @@ class Update:
 
     def _suits(self, *tensors: Any) -> bool:
         return self.compiled and fused.suits(self.pom, *tensors)
+
+    def job(self, share: Tensor | None = None) -> fused_gpu.Job | None:
+        """What GPU code is to do, given 1/𝔤 where the weight is to be moved; None where that is not for it."""
+        shard = self.pom.shard
+        if not self.compiled or (shard is not None and shard.gathered):
+            return None
+        weight, grad, buffer = local(self.weight), local(self.grad), None
+        if share is not None:
+            weight = weight.clone() if self.group["lr"] == 0 else weight
+            kept = self._buffer()
+            buffer = None if kept is None else local(kept)
+        if not fused_gpu.suits(self.pom, weight, grad, buffer):
+            return None
+        group = self.group
+        return fused_gpu.Job(self.pom, weight, grad, buffer, share, group["metric"], self._options, group["nesterov"])
 
     def sums(self) -> Tensor:
         """Sums of ‖gradL(ω)‖² over the components of every group in this process, (G,): R_g² of Theorem 1."""
@@ -161,3 +211,39 @@ class Update:
             buffer = torch.empty_like(like, dtype=buffer.dtype).copy_(buffer)
         self.state["momentum_buffer"] = buffer
         return buffer
+
+
+# All weights of a step -----------------------------------------------------------------------------------------------
+
+
+def sums_of_all(updates: Sequence[Update]) -> list[Tensor | None]:
+    """R_g² of the groups of each weight, see :meth:`Update.sums`; None without 𝔤."""
+    wanted = {i: u for i, u in enumerate(updates) if u.group["rho"] is not None}
+    jobs = {i: job for i, u in wanted.items() if (job := u.job()) is not None}
+    found: dict[int, Tensor] = dict(zip(jobs, fused_gpu.group_squares(list(jobs.values())), strict=True))
+    return [None if i not in wanted else found[i] if i in found else u.sums() for i, u in enumerate(updates)]
+
+
+def shares_of_all(updates: Sequence[Update], sums: Sequence[Tensor | None]) -> list[Tensor]:
+    """1/𝔤 of the groups of each weight, see :meth:`Update.shares`: at once for all whose ρ is the same."""
+    shares: dict[int, Tensor] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, (update, of_groups) in enumerate(zip(updates, sums, strict=True)):
+        rho = update.group["rho"]
+        if of_groups is None or isinstance(rho, str):
+            shares[i] = update.shares(of_groups)
+        else:
+            alike.setdefault((rho, working_dtype(update.weight), of_groups.device), []).append(i)
+    for (rho, dtype, _), members in alike.items():
+        norms = torch.cat([sums[i] for i in members]).sqrt().to(dtype)  # type: ignore[misc]
+        curvature = torch.cat([updates[i].pom.curvatures(updates[i].group["metric"]) for i in members])
+        of_all = 1 / step_normalizer(norms, rho, curvature)
+        shares |= zip(members, of_all.split([updates[i].pom.num_groups for i in members]), strict=True)
+    return [shares[i] for i in range(len(updates))]
+
+
+def move_all(updates: Sequence[Update], shares: Sequence[Tensor]) -> list[Tensor]:
+    """Move all constrained weights and their momenta; which components were moved, see :meth:`Update.move`."""
+    jobs = {i: job for i, (u, x) in enumerate(zip(updates, shares, strict=True)) if (job := u.job(x)) is not None}
+    moved: dict[int, Tensor] = dict(zip(jobs, fused_gpu.advance(list(jobs.values())), strict=True))
+    return [moved[i] if i in moved else u.move(shares[i]) for i, u in enumerate(updates)]
