@@ -17,29 +17,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fgsgd.factors import inverse_in_two_terms, unpack_upper
 from lightning_fgsgd.pom import POM
-from lightning_fgsgd.source_gpu import (
-    NUMBERS,
-    WHOLE,
-    BlockTiles,
-    Matrix,
-    Tiles,
-    TritonProgram,
-    block_kernel,
-    lane_kernel,
-)
+from lightning_fgsgd.source_gpu import NUMBERS, TOTAL, TritonProgram, lane_kernel
+from lightning_fgsgd.source_tiles import BlockTiles, Matrix, Tiles, block_kernel
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.symbolic import planes, upper_of, variant_of, written
 
 __all__ = ["Job", "advance", "available", "group_squares", "suits"]
 
-_LARGEST = 9  # entries of a kernel: code for a 4x4 one takes half a minute to compile, for a 5x5 one minutes
-_MOST_ROWS = 32  # output neurons in a block, likewise
+_LANE = (
+    9  # entries of the largest kernel that is worked on by one lane: code for a 4x4 one takes half a minute to compile
+)
+_MOST_ROWS = 32  # of a larger kernel, or a block: likewise
 _MOST_SLOTS = 16  # groups in a pool
 _LANES = 128  # kernels that a program works on, one to a thread
 _TILE = 64  # columns of a block that are worked on together
 _PRECISION = "ieee"  # of products: all of float32
-_FIRST_SHARE, _FIRST_OUT = WHOLE.index("first_share"), WHOLE.index("first_out")
 
 
 class Job(NamedTuple):
@@ -63,17 +57,18 @@ def interpreted() -> bool:
 def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether there is GPU code for a weight and the tensors that go with it."""
     tensors = [weight, *(x for x in others if x is not None)]
-    if not (weight.is_cuda or interpreted()):
+    if not (weight.is_cuda or interpreted()) or any(x.dtype != torch.float32 for x in tensors):
         return False
-    if any(x.dtype != torch.float32 or x.device != weight.device or _strides(pom, x) is None for x in tensors):
-        return False
-    cutting, sets = pom.cutting, pom.sets
-    if sets.groups_in_pool > _MOST_SLOTS or sets.slot.dtype != torch.uint8:
-        return False
-    if cutting.small:
-        return cutting.n * cutting.p <= _LARGEST
-    dense = all(x.stride() == weight.stride() for x in tensors)
-    return cutting.kind == "filter" and cutting.p <= _MOST_ROWS and dense
+    key = ("suits", *(x.stride() for x in tensors), *(x.device for x in tensors))
+    if key not in pom.layouts:
+        here = all(x.device == weight.device and _strides(pom, x) is not None for x in tensors)
+        few = pom.sets.groups_in_pool <= _MOST_SLOTS and pom.sets.slot.dtype == torch.uint8
+        pom.layouts[key] = here and few and (_by_lanes(pom) or pom.cutting.p <= _MOST_ROWS)
+    return bool(pom.layouts[key])
+
+
+def _by_lanes(pom: POM) -> bool:
+    return pom.cutting.small and pom.cutting.n * pom.cutting.p <= _LANE
 
 
 @functools.cache
@@ -88,6 +83,7 @@ def available() -> str:
     return ""
 
 
+@functools.cache
 def _load(source: str) -> Any:
     from torch._inductor.codecache import PyCodeCache  # Triton reads its functions from files
 
@@ -98,57 +94,87 @@ def group_squares(jobs: Sequence[Job]) -> list[Tensor]:
     """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
     found: dict[int, Tensor] = {}
     for key, members in _alike(jobs, "squares").items():
-        mine = [jobs[i] for i in members]
-        sizes = [_partial(key, job) for job in mine]
-        out = torch.empty(sum(sizes), device=mine[0].weight.device)
-        _launch(key, mine, out, sizes, None)
-        for i, job, part in zip(members, mine, out.split(sizes), strict=True):
-            if key[2] == "0":
-                found[i] = part.view(-1, job.pom.sets.groups_in_pool).sum(0, dtype=torch.float64)
-            else:
-                found[i] = job.pom.group_sums(part)
+        launch = Launch(key, [jobs[i] for i in members], torch.float32)
+        launch.run(None)
+        if key.pool == "0":
+            found |= zip(members, launch.sums(), strict=True)
+        else:
+            parts = launch.out.split(launch.sizes)
+            found |= {i: jobs[i].pom.group_sums(part) for i, part in zip(members, parts, strict=True)}
     return [found[i] for i in range(len(jobs))]
 
 
-def advance(jobs: Sequence[Job]) -> list[Tensor]:
-    """Move the weights and their momenta in place; which components were moved, bool (k,) each.
+def advance(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor]]:
+    """Move the weights and their momenta in place; see :func:`lightning_fgsgd.eager.advance`.
 
-    See :func:`lightning_fgsgd.eager.advance`.
+    Returns:
+        Which components of each weight were moved, bool (k,); and whether all of them were, a few answers for all weights.
     """
     found: dict[int, Tensor] = {}
+    whole = []
     for key, members in _alike(jobs, None).items():
         mine = [jobs[i] for i in members]
-        sizes = [job.pom.cutting.count for job in mine]
-        moved = torch.empty(sum(sizes), dtype=torch.uint8, device=mine[0].weight.device)
-        _launch(key, mine, moved, sizes, [job.share for job in mine if job.share is not None])
-        found |= dict(zip(members, moved.view(torch.bool).split(sizes), strict=True))
+        launch = Launch(key, mine, torch.uint8)
+        launch.run([job.share for job in mine if job.share is not None])
+        moved = launch.out.view(torch.bool)
+        whole.append(moved.all())
+        found |= zip(members, moved.split(launch.sizes), strict=True)
         for job in mine:
             for x in (job.weight, job.buffer):
                 if x is not None:
                     torch.autograd.graph.increment_version(x)
-    return [found[i] for i in range(len(jobs))]
+    return [found[i] for i in range(len(jobs))], whole
 
 
 # From the step to Triton ---------------------------------------------------------------------------------------------
 
 
-def _alike(jobs: Sequence[Job], kind: str | None) -> dict[tuple[Any, ...], list[int]]:
-    """The jobs that one launch can do, by what its code depends on and where it runs."""
-    found: dict[tuple[Any, ...], list[int]] = {}
+class Key(NamedTuple):
+    """What code depends on, and where it runs.
+
+    ``variant`` is as of :func:`~lightning_fgsgd.symbolic.variant_of`; ``pool`` and ``reads_by`` say how a component's group
+    and R are found, see :func:`~lightning_fgsgd.source_gpu.lane_kernel`; ``dense``, whether rows lie in memory as such.
+    """
+
+    variant: tuple[Any, ...]
+    kind: str
+    pool: str
+    reads_by: str
+    dense: bool
+    device: torch.device
+
+
+def _alike(jobs: Sequence[Job], kind: str | None) -> dict[Key, list[int]]:
+    """The jobs that one launch can do."""
+    found: dict[Key, list[int]] = {}
     for i, job in enumerate(jobs):
-        cutting = job.pom.cutting
         which = kind or ("move" if job.buffer is None else "nesterov" if job.nesterov else "momentum")
-        first, second = ("by_first", "by_second") if cutting.transposed else ("by_second", "by_first")
-        pool = {"pi": first, "po": second}.get(job.pom.sets.scheme, "0") if cutting.small else "0"
-        reads_by = "k" if len(job.pom._radius) == cutting.count else first
-        key = (variant_of(job.pom, job.weight, job.metric), which, pool, reads_by, job.weight.device)
-        found.setdefault(key, []).append(i)
+        told = ("key", which, job.metric, *(None if x is None else x.stride() for x in job[1:4]))
+        layouts = job.pom.layouts
+        if told not in layouts:
+            layouts[told] = _key(job, which)
+        found.setdefault(layouts[told], []).append(i)
     return found
 
 
+def _key(job: Job, kind: str) -> Key:
+    pom, cutting = job.pom, job.pom.cutting
+    first, second = ("by_first", "by_second") if cutting.transposed else ("by_second", "by_first")
+    pool = {"pi": first, "po": second}.get(pom.sets.scheme, "0") if cutting.kind == "kernel" else "0"
+    reads_by = "k" if cutting.kind == "filter" or len(pom._radius) == cutting.count else first
+    variant = variant_of(pom, job.weight, job.metric)
+    dense = False
+    if not _by_lanes(pom):
+        upper, _ = _factors(pom)
+        variant = (0, cutting.p, variant[2], 0 if upper is None else upper[0].numel(), *variant[4:])
+        dense = all(x is None or (_strides(pom, x) or (0, 0, 0))[2] == 1 for x in job[1:4])
+    return Key(variant, kind, pool, reads_by, dense, job.weight.device)
+
+
 @functools.cache
-def _kernel(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str) -> Any:
-    return _load(source(variant, kind, pool, reads_by) if variant[0] else block_source(variant, kind))
+def _kernel(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str, dense: bool) -> Any:
+    make = source if variant[0] else functools.partial(block_source, dense=dense)
+    return _load(make(variant, kind, pool, reads_by))
 
 
 def source(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str) -> str:
@@ -167,73 +193,112 @@ def source(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str) -> str
     return lane_kernel(program, n, p, entries, has_radius, reads=reads, results=results, **layout)
 
 
-def block_source(variant: tuple[Any, ...], kind: str) -> str:
-    """As :func:`source`, for blocks of p output neurons, of any fan-in."""
+def block_source(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str, dense: bool) -> str:
+    """As :func:`source`, for blocks of p output neurons, of any fan-in, and for larger kernels."""
     _, p, _, entries, has_radius, _, _ = variant
-    program = BlockTiles(p)
+    program = BlockTiles(p, dense)
     upper, *inverse = (Matrix(program, x) for x in ("u", "inverse", "excess")) if entries else (None,)
     found = written(program, variant, kind, lambda x: Tiles(program, name=x), upper, inverse or None)
+    layout = {"pool": pool, "reads_by": reads_by}
     if kind == "squares":
-        return block_kernel(program, entries, has_radius, weights=None, momentum=None, square=found[0])
-    return block_kernel(program, entries, has_radius, weights=found[0], momentum=found[1], square=None)
+        return block_kernel(program, entries, has_radius, weights=None, momentum=None, square=found[0], **layout)
+    weights, momentum, _ = found
+    return block_kernel(program, entries, has_radius, weights=weights, momentum=momentum, square=None, **layout)
 
 
 # Calling it ----------------------------------------------------------------------------------------------------------
 
 
-def _programs(cutting: Any) -> int:
-    return -(-cutting.count // _LANES) if cutting.small else cutting.count
+class Launch:
+    """One launch: its tables, and room for what it finds."""
 
+    def __init__(self, key: Key, jobs: Sequence[Job], dtype: torch.dtype) -> None:
+        self.key = key
+        self.jobs = jobs
+        programs = [-(-job.pom.cutting.count // _LANES) if key.variant[0] else job.pom.cutting.count for job in jobs]
+        self.sizes = [job.pom.cutting.count for job in jobs]
+        if key.kind == "squares" and key.pool == "0":  # sums by program
+            self.sizes = [n * job.pom.sets.groups_in_pool for n, job in zip(programs, jobs, strict=True)]
+        self.groups = [job.pom.num_groups for job in jobs]
+        self.programs = sum(programs)
+        self.out = torch.empty(sum(self.sizes), dtype=dtype, device=key.device)
+        self.starts, self.owners = _starts(tuple(self.groups), tuple(self.sizes), tuple(programs), key.device)
+        self.whole = _table(tuple(map(_row, jobs)), key.device)
 
-def _partial(key: tuple[Any, ...], job: Job) -> int:
-    """How many numbers a launch gives of a weight's squared norms: sums by program, or one for each component."""
-    cutting = job.pom.cutting
-    return _programs(cutting) * job.pom.sets.groups_in_pool if key[2] == "0" else cutting.count
+    def run(self, shares: list[Tensor] | None) -> None:
+        """Launch the code, with 1/𝔤 of the groups of each weight where it needs them."""
+        numbers = tuple(
+            (*map(float, job.options), *(m**-0.5 for m in job.pom.metrics(job.metric))) for job in self.jobs
+        )
+        of_groups = self.out if shares is None else torch.cat(shares)
+        tables = (self.owners, self.whole, self.starts, _numbers(numbers, self.key.device), of_groups, self.out)
+        constants: dict[str, Any] = {"TILE": _TILE, "PRECISION": _PRECISION}
+        constants = {"BLOCK": _LANES} if self.key.variant[0] else constants
+        with torch.cuda.device_of(self.out):
+            _kernel(*self.key[:5])[(self.programs,)](*tables, **constants, num_warps=4)
 
-
-def _launch(
-    key: tuple[Any, ...], jobs: Sequence[Job], out: Tensor, sizes: Sequence[int], shares: list[Tensor] | None
-) -> None:
-    device = jobs[0].weight.device
-    programs = tuple(_programs(job.pom.cutting) for job in jobs)
-    groups = [job.pom.num_groups for job in jobs]
-    rows, held, starts = [], [], [0, 0, 0]
-    for job, size, group, program in zip(jobs, sizes, groups, programs, strict=True):
-        row, more = _row(job)
-        row[_FIRST_SHARE : _FIRST_OUT + 2] = starts
-        starts = [starts[0] + group, starts[1] + size, starts[2] + program]
-        rows.append(row)
-        held.append(more)  # kept until the code has been launched
-    numbers = []
-    for job in jobs:
-        found = [*map(float, job.options), *(m**-0.5 for m in job.pom.metrics(job.metric))]
-        numbers.append(found + [0.0] * (NUMBERS - len(found)))
-    whole = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-    of_step = torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
-    of_groups = out if shares is None else torch.cat(shares)
-    kernel = _kernel(*key[:4])
-    constants: dict[str, Any] = {"BLOCK": _LANES} if key[0][0] else {"TILE": _TILE, "PRECISION": _PRECISION}
-    with torch.cuda.device_of(jobs[0].weight):
-        kernel[(sum(programs),)](_owners(programs, device), whole, of_step, of_groups, out, **constants, num_warps=4)
+    def sums(self) -> list[Tensor]:
+        """Sums over the groups of each weight, of what its programs found."""
+        sums = torch.empty(sum(self.groups), dtype=torch.float64, device=self.key.device)
+        grid = (len(self.jobs), max(self.groups))
+        with torch.cuda.device_of(self.out):
+            _load(TOTAL)[grid](self.whole, self.starts, self.out, sums, PART=256, num_warps=4)
+        return list(sums.split(self.groups))
 
 
 @functools.lru_cache(maxsize=64)
-def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
-    """The number of the weight that each program works on, int32."""
-    counts = torch.tensor(programs)
-    return torch.arange(len(programs), dtype=torch.int32).repeat_interleave(counts).to(device)
+def _starts(
+    groups: tuple[int, ...], sizes: tuple[int, ...], programs: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where a launch has what belongs to each weight, int64; and the number of the weight of each program, int32."""
+    starts = torch.tensor([groups, sizes, programs]).cumsum(1) - torch.tensor([groups, sizes, programs])
+    owners = torch.arange(len(programs), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+    return starts.T.contiguous().to(device), owners.to(device)
 
 
-def _row(job: Job) -> tuple[list[int], list[Tensor]]:
-    """A weight's row of the table, and the tensors in it that are made for it."""
+@functools.lru_cache(maxsize=64)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    filled = [[*row, *([0.0] * (NUMBERS - len(row)))] for row in rows]
+    return torch.tensor(filled, dtype=torch.float32).to(device, non_blocking=True)
+
+
+def _row(job: Job) -> tuple[int, ...]:
+    """A weight's row of the table of whole numbers."""
     pom, cutting = job.pom, job.pom.cutting
-    radius = None if pom.all_ones else pom._radius if cutting.small else pom.radius
-    tensors = (job.weight, job.grad, job.buffer, pom.upper, pom.inverse, radius, pom.sets.manifold, pom.sets.slot)
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    first, second = (cutting.shape[0], cutting.shape[1]) if cutting.small else (1, 1)
-    sizes = [cutting.count, cutting.n, first, second, max(first // cutting.conv_groups, 1), pom.sets.groups_in_pool]
-    strides = [s for x in (job.weight, job.grad, job.buffer) for s in ((0,) * 4 if x is None else _strides(pom, x))]
-    return [*addresses, 0, 0, 0, *sizes, *strides], [] if radius is None else [radius]
+    tensors = job[1:4]
+    key = tuple((0, ()) if x is None else (x.data_ptr(), x.stride()) for x in tensors)
+    name = "row of squares" if job.buffer is None else "row"
+    if pom.layouts.get(name, (None,))[0] != key:
+        lanes = _by_lanes(pom)
+        upper, inverse = (pom.upper, None) if lanes else _factors(pom)
+        radius = None if pom.all_ones else pom._radius
+        if radius is not None and cutting.kind == "filter":
+            radius = pom.layouts.setdefault("radius", pom.radius)  # kept, for its address is
+        of_pom = (upper, inverse, radius, pom.sets.manifold, pom.sets.slot)
+        first, second = (cutting.count, 1) if cutting.kind == "filter" else cutting.shape[:2]
+        programs = -(-cutting.count // _LANES) if lanes else cutting.count
+        sizes = (cutting.count, programs, cutting.n, first, second, max(first // cutting.conv_groups, 1))
+        addresses = (0 if x is None else x.data_ptr() for x in (*tensors, *of_pom))
+        strides = (s for x in tensors for s in ((0,) * 4 if x is None else _strides(pom, x) or ()))
+        pom.layouts[name] = key, (*addresses, *sizes, pom.sets.groups_in_pool, *strides)
+    row: tuple[int, ...] = pom.layouts[name][1]
+    return row
+
+
+def _factors(pom: POM) -> tuple[Tensor | None, Tensor | None]:
+    """U of every component as a compact matrix (k, 1, 1), (k, 1, p) or (k, p, p), and its inverse in two terms."""
+    if pom.upper is None or pom.inverse is not None:
+        return pom.upper, pom.inverse
+    if "factors" not in pom.layouts:
+        upper = unpack_upper(pom.upper, pom.cutting, (pom.cutting.count,), slice(None)).contiguous()
+        pom.layouts["factors"] = upper, inverse_in_two_terms(upper)
+    found: tuple[Tensor, Tensor] = pom.layouts["factors"]
+    return found
 
 
 def _strides(pom: POM, x: Tensor) -> tuple[int, ...] | None:
@@ -245,7 +310,8 @@ def _strides(pom: POM, x: Tensor) -> tuple[int, ...] | None:
             pom.layouts[key] = None
         else:
             outer = view.stride()[:-2]
-            pom.layouts[key] = (*(outer if len(outer) == 2 else (outer[0] * pom.cutting.shape[1], outer[0])),
-                                view.stride(-2), view.stride(-1))  # fmt: skip
+            if len(outer) == 1:
+                outer = outer[0] * (1 if pom.cutting.kind == "filter" else pom.cutting.shape[1]), outer[0]
+            pom.layouts[key] = (*outer, view.stride(-2), view.stride(-1))
     found: tuple[int, ...] | None = pom.layouts[key]
     return found

@@ -141,7 +141,8 @@ def pool_size(cutting: Cutting, scheme: str) -> int:
 
 def pool_of(cutting: Cutting, scheme: str, device: torch.device | str = "cpu") -> Tensor:
     """Number of the pool of each component, int64 (k,)."""
-    channel = {"pi": cutting.input_channel, "po": cutting.output_channel, "pio": lambda _: None}[scheme](device)
+    by_channel = {"pi": cutting.input_channel, "po": cutting.output_channel}.get(scheme)
+    channel = None if by_channel is None else by_channel(device)
     return torch.zeros(cutting.count, dtype=torch.long, device=device) if channel is None else channel
 
 

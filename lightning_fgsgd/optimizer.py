@@ -167,14 +167,14 @@ class FGSGD(torch.optim.Optimizer):
     @property
     def poms(self) -> Mapping[Tensor, POM]:
         """The live products of manifolds of the constrained parameters; :meth:`pom` gives a look at one."""
-        return MappingProxyType(self._poms)
+        return MappingProxyType({p: pom.follow(p) for p, pom in self._poms.items()})
 
     def pom(self, param: Tensor) -> ProductOfManifolds | None:
         """The products of manifolds of ``param``; ``None`` where it is not constrained.
 
         Of a sharded weight (a DTensor) the components that this process steps.
         """
-        pom = self._poms.get(param)
+        pom = self.poms.get(param)
         if pom is None:
             return None
         with opened(pom.shard, param) as (weight,):
@@ -186,7 +186,7 @@ class FGSGD(torch.optim.Optimizer):
         The maximum over its components of ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F. Of a sharded weight over those of
         all processes, each of which must ask.
         """
-        pom = self._poms.get(param)
+        pom = self.poms.get(param)
         if pom is None:
             return 0.0
         with opened(pom.shard, param) as (weight,):
@@ -197,9 +197,11 @@ class FGSGD(torch.optim.Optimizer):
 
     def project(self, param: Tensor | None = None) -> None:
         """Bring ``param``, or all constrained weights, back to the nearest point of their manifolds."""
-        for p in self._poms if param is None else [p for p in self._poms if p is param]:
-            with opened(self._poms[p].shard, p, write=True) as (weight,):
-                self._poms[p].project(weight)
+        for p, pom in self.poms.items():
+            if param is not None and p is not param:
+                continue
+            with opened(pom.shard, p, write=True) as (weight,):
+                pom.project(weight)
             self._versions[p] = version(p)
 
     def unplaced(self, param: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ class FGSGD(torch.optim.Optimizer):
         Raises:
             ValueError: ``param`` is not constrained, or ``radius`` is not k positive numbers.
         """
-        pom = self._poms.get(param)
+        pom = self.poms.get(param)
         if pom is None:
             raise ValueError("param: it is not on a product of manifolds, so it has no radius to set")
         if radius.shape != pom.radius.shape or not bool(torch.isfinite(radius).all() and (radius > 0).all()):
@@ -256,12 +258,12 @@ class FGSGD(torch.optim.Optimizer):
         self._unplaced.clear()
         shares = shares_of_all(updates, sums)
         bound = [(u, x) for u, x in zip(updates, shares, strict=True) if u.pom.constrains]
-        moved = move_all(*map(list, zip(*bound, strict=True))) if bound else []
+        moved, whole = move_all([u for u, _ in bound], [x for _, x in bound])
         for update, share in zip(updates, shares, strict=True):
             if not update.pom.constrains:
                 update.move_freely(share)
         # One answer to the host: steps that are too long for the fast retraction are as good as never taken.
-        if moved and not bool(torch.stack([m.all() for m in moved]).all()):
+        if whole and not bool(torch.stack(whole).all()):
             for (update, share), m in zip(bound, moved, strict=True):
                 if not bool(m.all()):
                     update.move_far(share, m)
@@ -292,7 +294,7 @@ class FGSGD(torch.optim.Optimizer):
         updates = []
         for p, group in found:
             compiled = compiles(group["fused"], p.device)
-            updates.append(Update(p, self._poms[p], group, self.state[p], compiled, chunk))
+            updates.append(Update(p, self._poms[p].follow(p), group, self.state[p], compiled, chunk))
         return updates
 
     def _sums(self, updates: list[Update]) -> list[Tensor | None]:
@@ -339,7 +341,7 @@ class FGSGD(torch.optim.Optimizer):
             buffers,
             has_sparse_grad=any(p.grad.is_sparse for p in params),  # type: ignore[union-attr]
             foreach=group["foreach"],
-            fused=False,
+            fused=None if group["foreach"] is None else False,  # else torch does not choose foreach by itself
             **{key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
         )
         for p, buffer in zip(params, buffers, strict=False):

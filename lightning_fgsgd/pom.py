@@ -108,7 +108,6 @@ class POM:
             i: get_manifold(name) for i, name in enumerate(sets.manifold_names) if bool((sets.manifold == i).any())
         }
         self.constrains = any(m.name != "euclidean" for m in self.manifolds.values())
-        self.layouts: dict[Any, Any] = {}  # of compiled code, made when it is first run
         self.set_radius(radius)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,6 +167,14 @@ class POM:
         part.constrains = self.constrains
         return part
 
+    def follow(self, weight: Tensor) -> POM:
+        """Move to where the weight is: a Trainer brings a module back from the GPU when its fit ends."""
+        if self._radius.device != weight.device:
+            self.sets = self.sets.to(weight.device)
+            self.upper, self.inverse = (None if x is None else x.to(weight.device) for x in (self.upper, self.inverse))
+            self.set_radius(self._radius.to(weight.device), same=True)
+        return self
+
     # What a step needs ----------------------------------------------------------------------------------------------
 
     @property
@@ -183,15 +190,21 @@ class POM:
         reads = self.layer.reads(self.sets.slot.device)
         return reads if self.shard is None else reads[self.shard.components]
 
-    def set_radius(self, radius: Tensor) -> None:
-        """Keep R of each component (k,): once for all that read the same features, where it is the same for them."""
-        reads, free = self.cutting.reads(radius.device), self.on("euclidean")
-        by_channel = radius.new_ones(int(reads.max()) + 1)
-        by_channel[reads[~free]] = radius[~free]
-        same = bool(torch.where(free, True, by_channel[reads] == radius).all())
-        self._radius = by_channel if same else radius.clone()
+    def set_radius(self, radius: Tensor, same: bool = False) -> None:
+        """Keep R of each component (k,): once for all that read the same features, where it is the same for them.
+
+        ``same``: it is as it is kept already, on another device.
+        """
+        if not same:
+            reads, free = self.cutting.reads(radius.device), self.on("euclidean")
+            by_channel = radius.new_ones(int(reads.max()) + 1)
+            by_channel[reads[~free]] = radius[~free]
+            for_all = bool(torch.where(free, True, by_channel[reads] == radius).all())
+            radius = by_channel if for_all else radius.clone()
+        self._radius = radius
         self.all_ones = bool((self._radius == 1).all())
         self._curvatures: dict[str, Tensor] = {}
+        self.layouts: dict[Any, Any] = {}  # what compiled code is told of the weight, made when it is first run
 
     def on(self, manifold_name: str) -> Tensor:
         """Which components live on a manifold, bool (k,)."""

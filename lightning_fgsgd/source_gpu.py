@@ -1,4 +1,4 @@
-"""The step in Triton's language: a number a lane for small kernels, a tile of rows at a time for blocks of output neurons.
+"""The step in Triton's language: a kernel a lane. :mod:`~lightning_fgsgd.source_tiles` has what is larger.
 
 The same symbols as in :mod:`~lightning_fgsgd.source` write down what a step does. One launch serves all weights of a model
 whose components have the same size: each program looks up in a table which weight it works on, and where that lies.
@@ -7,25 +7,29 @@ whose components have the same size: each program looks up in a table which weig
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lightning_fgsgd.matrices import Value, times
+from lightning_fgsgd.matrices import Value
 from lightning_fgsgd.source import Program, Symbol
 
-__all__ = ["NUMBERS", "WHOLE", "BlockTiles", "Matrix", "Tiles", "TritonProgram", "block_kernel", "lane_kernel"]
+__all__ = ["COUNTED", "NUMBERS", "STARTS", "TOTAL", "WHOLE", "TritonProgram", "lane_kernel", "wrapped"]
 
 # What the table of whole numbers has of each weight: addresses, sizes, and where its results and strides are.
 WHOLE = (
     "W", "G", "B", "U", "V", "R", "M", "S",
-    "first_share", "first_out", "first_program", "count", "n", "first", "second", "per_group", "slots",
+    "count", "programs", "n", "first", "second", "per_group", "slots",
     "w_first", "w_second", "w_n", "w_p", "g_first", "g_second", "g_n", "g_p", "b_first", "b_second", "b_n", "b_p",
 )  # fmt: skip
+STARTS = (
+    "first_share",
+    "first_out",
+    "first_program",
+)  # in another table: where the launch has what belongs to the weight
 _BYTES = ("M", "S")
 NUMBERS = 16  # a row of the other table: the options of the step, and 1/√m of each manifold
-_LEAST = 16  # rows that a product of tiles takes at least
 
 
 class TritonProgram(Program):
@@ -73,10 +77,7 @@ def lane_kernel(
     lines = [
         "k = (tl.program_id(0) - first_program).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)",
         "here = k < count",
-        "x = k // second.to(tl.int32)",
-        "z = k % second.to(tl.int32)",
-        "by_first = x % first.to(tl.int32)",
-        "by_second = by_first // per_group.to(tl.int32) * second + z",
+        *COUNTED,
         "m = tl.load(M + k, mask=here, other=0)",
         "slot = tl.load(S + k, mask=here, other=0).to(tl.int32)",
         f"pool = {pool}",
@@ -105,14 +106,23 @@ def lane_kernel(
             ]
         else:
             lines.append(f"tl.store(OUT + first_out + k, {text}, mask=here)")
-    return _kernel(program, lines, "BLOCK: tl.constexpr")
+    return wrapped(program, lines, "BLOCK: tl.constexpr")
+
+
+# Where component k lies along the axes that count components, and its channel by either.
+COUNTED = (
+    "x = k // second.to(tl.int32)",
+    "z = k % second.to(tl.int32)",
+    "by_first = x % first.to(tl.int32)",
+    "by_second = by_first // per_group.to(tl.int32) * second + z",
+)
 
 
 def _entry(name: str, e: int, p: int) -> str:
     return f"{name}_here + ({e // p} * {name}_n + {e % p} * {name}_p)"
 
 
-def _kernel(program: Program, lines: Sequence[str], constants: str) -> str:
+def wrapped(program: Program, lines: Sequence[str], constants: str) -> str:
     """The function around some lines: what it finds of its weight in the tables, and the numbers of the step."""
     given = []
     text = "\n".join(lines)
@@ -121,6 +131,7 @@ def _kernel(program: Program, lines: Sequence[str], constants: str) -> str:
             continue
         cast = f".to(tl.pointer_type(tl.{'uint8' if name in _BYTES else 'float32'}))" if name.isupper() else ""
         given.append(f"{name} = tl.load(whole + {i}){cast}")
+    given += [f"{name} = tl.load(starts + {i})" for i, name in enumerate(STARTS) if re.search(rf"\b{name}\b", text)]
     given += [f"s{i} = tl.load(numbers + {i})" for i in sorted(program.numbers)]
     body = "\n    ".join(line.replace("\n", "\n    ") for line in [*given, *lines])
     return f"""import triton
@@ -128,266 +139,32 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(of, whole, numbers, F, OUT, {constants}):
+def kernel(of, whole, starts, numbers, F, OUT, {constants}):
     weight = tl.load(of + tl.program_id(0))
     whole += weight * {len(WHOLE)}
+    starts += weight * {len(STARTS)}
     numbers += weight * {NUMBERS}
     {body}
 """
 
 
-# Blocks --------------------------------------------------------------------------------------------------------------
+# Sums of what the programs of each weight found for its groups: in double precision, and always in the same order.
+TOTAL = f"""import triton
+import triton.language as tl
 
 
-def padded(p: int) -> int:
-    """Rows of the tiles for blocks of p rows: a power of two, and enough for a product."""
-    return max(_LEAST, 1 << (p - 1).bit_length())
-
-
-class BlockTiles(TritonProgram):
-    """Code for one block of p rows. Rows are worked out a tile at a time, wherever they are asked for: a block is read from
-    memory once, and after that from a cache, and nothing of its size is kept in between.
-    """
-
-    def __init__(self, p: int) -> None:
-        super().__init__()
-        self.p = p
-        self.padded = padded(p)
-        self.within: Symbol | None = None
-
-    def matrix(self, form: str, *operands: Any) -> Matrix:
-        """The p x p numbers that an expression of others gives."""
-        return Matrix(self, self.line(form, *operands).name)
-
-    def settled(self, condition: Symbol) -> bool:
-        """The condition decides at the end whether the block is written; until then all is as if it held."""
-        self.within = condition
-        return True
-
-    def over_tiles(self, before: str, inside: Callable[[dict[str, str], list[str]], None]) -> None:
-        """A loop over the tiles of a block; ``inside`` adds its lines, and finds tiles that are computed already."""
-        known: dict[str, str] = {}
-        lines: list[str] = ["column = j + tl.arange(0, TILE)", "there = (row < P) & (column[None, :] < n)"]
-        lines.append("at = row * n + column[None, :]")
-        inside(known, lines)
-        self.lines.append(before + "\n" if before else "")
-        self.lines[-1] += "for j in range(0, n, TILE):\n    " + "\n    ".join(lines)
-
-
-class Tiles:
-    """An n x p matrix of symbols: how to compute a tile of its rows, times a number that is kept apart.
-
-    Args:
-        program: the code.
-        form: an expression of the tiles of other rows, or "" for rows that are read.
-        name: of those in memory.
-        parts: the other rows.
-        operands: symbols and matrices in the expression, after the rows.
-        factor: the number.
-    """
-
-    rows: Any = ()
-
-    def __init__(
-        self,
-        program: BlockTiles,
-        form: str = "",
-        name: str = "",
-        parts: Sequence[Tiles] = (),
-        operands: Sequence[str] = (),
-        factor: Value = 1.0,
-    ) -> None:
-        self._program = program
-        self._told = form, name, tuple(parts), tuple(operands)
-        self.factor = factor
-
-    def _from(self, form: str, parts: Sequence[Tiles], *operands: Any) -> Tiles:
-        return Tiles(self._program, form, "", parts, [self._program.text(x) for x in operands])
-
-    def tile(self, known: dict[str, str], lines: list[str]) -> str:
-        """The name of the tile that is worked on, without the factor; its lines are added where they are missing."""
-        form, name, parts, operands = self._told
-        if not form:
-            code = f"tl.load({name.upper()} + at, mask=there, other=0.0)"
-        else:
-            code = form.format(*(part.tile(known, lines) for part in parts), *operands)
-        if code not in known:
-            known[code] = f"t{len(self._program.lines)}_{len(known)}"
-            lines.append(f"{known[code]} = {code}")
-        return known[code]
-
-    @property
-    def mT(self) -> _Transposed:
-        """For inner products."""
-        return _Transposed(self)
-
-    def __matmul__(self, square: Matrix) -> Tiles:
-        out = self._from("tl.dot({1}, {0}, input_precision=PRECISION)", [self], square.mT)
-        return out * self.factor
-
-    def subtract_product(self, a: Tiles, square: Matrix) -> Tiles:
-        """This less a · square."""
-        return self - a @ square
-
-    def combine(self, x: Value, other: Tiles, y: Value) -> Tiles:
-        """x times this, and y times the other."""
-        x, y = times(self.factor, x), times(other.factor, y)
-        return self._from("{0} * {2} + {1} * {3}", [self, other], x, y)
-
-    def __add__(self, other: Tiles) -> Tiles:
-        return self.combine(1.0, other, 1.0)
-
-    def __sub__(self, other: Tiles) -> Tiles:
-        return self.combine(1.0, other, -1.0)
-
-    def __mul__(self, value: Value) -> Tiles:
-        form, name, parts, operands = self._told
-        return Tiles(self._program, form, name, parts, operands, times(self.factor, value))
-
-    def squares(self) -> Value:
-        """Squared Frobenius norm."""
-        name = f"q{len(self._program.lines)}"
-
-        def inside(known: dict[str, str], lines: list[str]) -> None:
-            tile = self.tile(known, lines)
-            lines.append(f"{name} += tl.sum({tile} * {tile}, 1)")
-
-        self._program.over_tiles(f"{name} = tl.zeros(({self._program.padded},), tl.float32)", inside)
-        return times(self._program.line("tl.sum({})", self._program.symbol(name)), times(self.factor, self.factor))
-
-    def where(self, mask: Symbol, other: Tiles) -> Tiles:
-        """This where ``mask`` holds, the other elsewhere."""
-        choice = "tl.where({2}, {0} * {3}, {1} * {4})"
-        return self._from(choice, [self, other], mask, self.factor, other.factor)
-
-
-class _Transposed:
-    def __init__(self, rows: Tiles) -> None:
-        self._rows = rows
-
-    def __matmul__(self, other: Tiles) -> Matrix:
-        mine = self._rows
-        program = mine._program
-        name = f"z{len(program.lines)}"
-
-        def inside(known: dict[str, str], lines: list[str]) -> None:
-            a, b = mine.tile(known, lines), other.tile(known, lines)
-            lines.append(f"{name} += tl.dot({a}, tl.trans({b}), input_precision=PRECISION)")
-
-        size = program.padded
-        program.over_tiles(f"{name} = tl.zeros(({size}, {size}), tl.float32)", inside)
-        found, factor = Matrix(program, name), times(mine.factor, other.factor)
-        return found if isinstance(factor, float) and factor == 1.0 else found * factor
-
-    symmetric_matmul = __matmul__
-
-
-class Matrix(Symbol):
-    """A p x p matrix of symbols, one tensor to Triton."""
-
-    def __init__(self, program: BlockTiles, name: str) -> None:
-        super().__init__(program, name)
-        self._block = program
-        self.rows = range(program.padded)
-
-    is_double = False
-
-    @property
-    def mT(self) -> Matrix:
-        """The transposed matrix."""
-        return self._block.matrix("tl.trans({})", self)
-
-    def __add__(self, other: Any) -> Matrix:
-        return self._block.matrix("{} + {}", self, other)
-
-    def combine(self, x: Value, other: Matrix, y: Value) -> Matrix:
-        """x times this, and y times the other."""
-        return self._block.matrix("{} * {} + {} * {}", self, x, other, y)
-
-    def __mul__(self, value: Any) -> Matrix:
-        return self._block.matrix("{} * {}", self, value)
-
-    def __matmul__(self, other: Matrix) -> Matrix:
-        return self._block.matrix("tl.dot({}, {}, input_precision=PRECISION)", self, other)
-
-    symmetric_matmul = __matmul__
-
-    def symmetric_part(self) -> Matrix:
-        """Half the sum with the transposed."""
-        return self._block.matrix("({} + {}) * 0.5", self, self.mT)
-
-    def trace(self) -> Symbol:
-        """Sum of the diagonal."""
-        return self._block.line("tl.sum(tl.sum(tl.where(eye, {}, 0.0), 1))", self)
-
-    def diagonal(self, f: Callable[[Value], Value]) -> Matrix:
-        """The diagonal matrix of ``f`` of the diagonal."""
-        entries = self._block.line("tl.sum(tl.where(eye, {}, 0.0), 1)[:, None]", self)
-        return self._block.matrix("tl.where(eye, {}, 0.0)", f(entries))
-
-    def add_identity(self, value: float, factor: float) -> Matrix:
-        """factor times this, and value times the identity."""
-        return self._block.matrix("{} * {} + tl.where(eye, {}, 0.0)", self, factor, value)
-
-    def where(self, mask: Symbol, other: Any) -> Matrix:
-        """This where ``mask`` holds, the other elsewhere."""
-        return self._block.matrix("tl.where({}, {}, {})", mask, self, other)
-
-
-def block_kernel(
-    program: BlockTiles, entries: int, radius: bool, *, weights: Tiles | None, momentum: Tiles | None, square: Value
-) -> str:
-    """The Triton function ``kernel`` that runs ``program`` for every block of some weights, one to a program.
-
-    Args:
-        program: reads the rows ``w`` (weight), ``g`` (gradient), ``b`` (momentum), the matrices ``u`` (U), ``inverse`` and
-            ``excess``, the numbers ``r`` (R), ``m`` (number of the manifold), ``f`` (1/𝔤) and ``s`` (numbers of the step).
-        entries: number of entries of U that are stored, 0 if there is none.
-        radius: whether there is an R.
-        weights, momentum: what the block's rows become, if the program's condition holds.
-        square: the squared norm that is asked for instead.
-    """
-    p, size = program.p, program.padded
-    lines = [
-        f"P: tl.constexpr = {p}",
-        "k = tl.program_id(0) - first_program",
-        f"row = tl.arange(0, {size})[:, None]",
-        f"eye = row == tl.arange(0, {size})[None, :]",
-        "m = tl.load(M + k).to(tl.int32)",
-        "slot = tl.load(S + k).to(tl.int32)",
-        "W += k * n * P",
-        "G += k * n * P",
-    ]
-    for name, at in (("u", "U + k"), ("inverse", "V + k"), ("excess", "V + (count + k)")):
-        if entries == 1:
-            code = f"tl.where(eye & (row < P), tl.load({at}), 0.0)"
-        elif entries == p:
-            code = f"tl.where(eye, tl.load({at} * P + row, mask=row < P, other=0.0), 0.0)"
-        else:
-            inside = f"mask=(row < P) & (tl.arange(0, {size})[None, :] < P), other=0.0"
-            code = f"tl.load({at} * (P * P) + row * P + tl.arange(0, {size})[None, :], {inside})"
-        if entries:
-            lines.append(f"{name} = {code}")
-    if radius:
-        lines.append("r = tl.load(R + k)")
-    if weights is None:
-        lines += program.lines
-        lines += [
-            "sums = OUT + first_out + k * slots",
-            "for i in range(0, slots):",
-            f"    tl.store(sums + i, tl.where(slot == i, {program.text(square)}, 0.0))",
-        ]
-        return _kernel(program, lines, "TILE: tl.constexpr, PRECISION: tl.constexpr")
-    lines += ["f = tl.load(F + first_share + slot)", *(["B += k * n * P"] if momentum is not None else [])]
-
-    assert program.within is not None
-    condition = program.within.name
-
-    def inside_of_all(known: dict[str, str], body: list[str]) -> None:
-        tiles = [(to, rows.tile(known, body), rows.factor) for to, rows in (("W", weights), ("B", momentum)) if rows]
-        for to, tile, factor in tiles:
-            body.append(f"tl.store({to} + at, {tile} * {program.text(factor)}, mask=there & (column[None, :] < end))")
-
-    program.over_tiles(f"end = tl.where({condition}, n, 0)", inside_of_all)
-    lines += [*program.lines, f"tl.store(OUT + first_out + k, ({condition}).to(tl.uint8))"]
-    return _kernel(program, lines, "TILE: tl.constexpr, PRECISION: tl.constexpr")
+@triton.jit
+def kernel(whole, starts, OUT, sums, PART: tl.constexpr):
+    weight = tl.program_id(0)
+    programs = tl.load(whole + weight * {len(WHOLE)} + {WHOLE.index("programs")})
+    slots = tl.load(whole + weight * {len(WHOLE)} + {WHOLE.index("slots")})
+    first_share = tl.load(starts + weight * {len(STARTS)})
+    first_out = tl.load(starts + weight * {len(STARTS)} + 1)
+    slot = tl.program_id(1)
+    total = tl.zeros((PART,), tl.float64)
+    for j in range(0, programs, PART):
+        i = j + tl.arange(0, PART)
+        there = (i < programs) & (slot < slots)
+        total += tl.load(OUT + first_out + i * slots + slot, mask=there, other=0.0).to(tl.float64)
+    tl.store(sums + first_share + slot, tl.sum(total), mask=slot < slots)
+"""

@@ -65,7 +65,7 @@ def undisturbed(weights: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     # torch 2.9 and later refuse the older name once the newer has been used.
     new = [b for b in backends if hasattr(b, "fp32_precision")]
     if not new:
@@ -242,8 +242,17 @@ def shares_of_all(updates: Sequence[Update], sums: Sequence[Tensor | None]) -> l
     return [shares[i] for i in range(len(updates))]
 
 
-def move_all(updates: Sequence[Update], shares: Sequence[Tensor]) -> list[Tensor]:
-    """Move all constrained weights and their momenta; which components were moved, see :meth:`Update.move`."""
+def move_all(updates: Sequence[Update], shares: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Move all constrained weights and their momenta.
+
+    Returns:
+        Which components of each were moved, see :meth:`Update.move`; and whether all of them were, a few answers for all.
+    """
     jobs = {i: job for i, (u, x) in enumerate(zip(updates, shares, strict=True)) if (job := u.job(x)) is not None}
-    moved: dict[int, Tensor] = dict(zip(jobs, fused_gpu.advance(list(jobs.values())), strict=True))
-    return [moved[i] if i in moved else u.move(shares[i]) for i, u in enumerate(updates)]
+    masks, whole = fused_gpu.advance(list(jobs.values()))
+    moved: dict[int, Tensor] = dict(zip(jobs, masks, strict=True))
+    for i, (update, share) in enumerate(zip(updates, shares, strict=True)):
+        if i not in moved:
+            moved[i] = update.move(share)
+            whole.append(moved[i].all())
+    return [moved[i] for i in range(len(updates))], whole
