@@ -34,6 +34,7 @@ _MOST_SLOTS = 16  # groups in a pool
 _LANES = 128  # kernels that a program works on, one to a thread
 _TILE = 64  # columns of a block that are worked on together
 _PRECISION = "ieee"  # of products: all of float32
+_WARPS = 4  # of 32 threads, for a program
 
 
 class Job(NamedTuple):
@@ -235,7 +236,7 @@ class Launch:
         constants: dict[str, Any] = {"TILE": _TILE, "PRECISION": _PRECISION}
         constants = {"BLOCK": _LANES} if self.key.variant[0] else constants
         with torch.cuda.device_of(self.out):
-            _kernel(*self.key[:5])[(self.programs,)](*tables, **constants, num_warps=4)
+            _kernel(*self.key[:5])[(self.programs,)](*tables, **constants, num_warps=_WARPS)
 
     def sums(self) -> list[Tensor]:
         """Sums over the groups of each weight, of what its programs found."""
