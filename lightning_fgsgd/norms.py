@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.manifolds.base import divide, finite, wide
+from lightning_fgsgd.manifolds.base import by_lapack, divide, finite, wide
 
 __all__ = ["Norms", "component_norms", "geometric_means", "group_norms"]
 
@@ -107,5 +107,6 @@ def _lanczos_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
 def _largest_root(gram: Tensor) -> Tensor:
     """Root of the largest eigenvalue; NaN for matrices that are not finite, on which LAPACK gives up."""
     good = finite(gram)
-    eigenvalues = torch.linalg.eigvalsh(torch.where(good, gram, torch.zeros_like(gram)))[..., -1]
+    (eigenvalues,) = by_lapack(torch.linalg.eigvalsh, torch.where(good, gram, torch.zeros_like(gram)))
+    eigenvalues = eigenvalues[..., -1]
     return torch.where(good[..., 0, 0], eigenvalues.clamp_min(0).sqrt(), torch.nan)

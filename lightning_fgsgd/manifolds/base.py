@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -165,6 +165,16 @@ def divide(v: Tensor, length: Tensor) -> Tensor:
 def inverse_length(square: Any) -> Any:
     """1 / length of vectors of this squared length, and 1 where that is zero; of tensors or symbols."""
     return matrices.where(square == 0, 1.0, square).rsqrt()
+
+
+def by_lapack(f: Callable[[Tensor], Any], m: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that a decomposition ``f`` gives of some matrices, always computed on the CPU.
+
+    On a GPU the eigenvalues of a layer's 3x3 matrices, some 100 000 at once, end in an error of cuSOLVER (CUDA 13). They are
+    wanted when weights are placed and when an epoch ends, not in a step.
+    """
+    found = f(m.cpu())
+    return tuple(x.to(m.device) for x in ((found,) if isinstance(found, Tensor) else found))
 
 
 def finite(v: Tensor) -> Tensor:

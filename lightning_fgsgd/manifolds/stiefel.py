@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_fgsgd import matrices
-from lightning_fgsgd.manifolds.base import Manifold, angle, divide, finite, norm, wide
+from lightning_fgsgd.manifolds.base import Manifold, angle, by_lapack, divide, finite, norm, wide
 from lightning_fgsgd.matrices import symmetric_part
 
 __all__ = ["Stiefel"]
@@ -96,7 +97,7 @@ class Stiefel(Manifold):
         v = q + h
         gram = v.mT @ v
         short = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None] <= _LONG**2  # NaN is not
-        eigenvalues, vectors = torch.linalg.eigh(torch.where(short, gram, torch.zeros_like(gram)))
+        eigenvalues, vectors = by_lapack(torch.linalg.eigh, torch.where(short, gram, torch.zeros_like(gram)))
         near = v @ (vectors * eigenvalues.clamp_min(0.25).rsqrt()[..., None, :]) @ vectors.mT
         return near if bool(short.all()) else torch.where(short, near, self._retract_far(q, h))
 
@@ -179,7 +180,7 @@ class Stiefel(Manifold):
 
     def inverse(self, s: Tensor) -> Tensor:  # noqa: D102
         good = finite(s)
-        sigma, vectors = torch.linalg.eigh(torch.where(good, wide(s), torch.zeros_like(wide(s))))
+        sigma, vectors = by_lapack(torch.linalg.eigh, torch.where(good, wide(s), torch.zeros_like(wide(s))))
         # Half the tolerance of `root`: rounding to the weight's precision must not drop a direction that it kept.
         regular = _regular(sigma, s.dtype, 0.5)
         inverse = torch.where(regular, 1 / sigma, torch.zeros_like(sigma))
@@ -219,7 +220,8 @@ def _series(y: Any) -> Any:
 def _svd(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition; NaN for matrices that are not finite, on which LAPACK gives up."""
     good = finite(v)
-    u, sigma, vh = torch.linalg.svd(torch.where(good, v, torch.zeros_like(v)), full_matrices=False)
+    whole = torch.where(good, v, torch.zeros_like(v))
+    u, sigma, vh = by_lapack(partial(torch.linalg.svd, full_matrices=False), whole)
     nan = torch.full_like(sigma, torch.nan)
     return torch.where(good, u, nan[..., None, :]), torch.where(good[..., 0], sigma, nan), vh
 
