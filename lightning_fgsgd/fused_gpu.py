@@ -50,6 +50,7 @@ class Job(NamedTuple):
     nesterov: bool
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton code is to run on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
