@@ -177,3 +177,18 @@ def test_without_triton_it_says_so_once_and_steps_all_the_same(monkeypatch):
         run(nn.Linear(4, 4).to(DEVICE), None, steps=2)
     with pytest.raises(RuntimeError, match="fused: True was asked for, but no Triton code"):
         run(nn.Linear(4, 4).to(DEVICE), True)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_module_that_is_brought_back_from_the_gpu_can_be_asked_and_stepped_on():
+    torch.manual_seed(0)
+    model = layers()
+    optimizer = run(model, True, steps=2, momentum=0.9, rescale=True)
+    model.cpu()
+    optimizer.state.clear()
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 3e-6
+    assert {optimizer.pom(p).radius.device.type for p in optimizer.poms} == {"cpu"}
+    for p in model.parameters():
+        p.grad = 0.1 * torch.randn_like(p)
+    optimizer.step()
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 3e-6

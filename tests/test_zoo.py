@@ -115,21 +115,24 @@ def test_parameters_stay_euclidean_for_the_reason_that_is_theirs(name, parameter
     assert plan_of(model).euclidean[parameter] == reason
 
 
+FILLS = {"normal_", "uniform_", "erfinv_", "clamp_", "mul_", "add_", "sub_", "div_", "fill_", "zero_", "copy_"}
+
+
 class Unfilled(TorchFunctionMode):
     """Fills nothing: tensors on the meta device have no numbers, and going through the motions takes most of the time."""
 
-    fills = {"normal_", "uniform_", "erfinv_", "clamp_", "mul_", "add_", "sub_", "div_", "fill_", "zero_", "copy_"}
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         target = args[0] if args else None
-        if func.__name__ in self.fills and isinstance(target, torch.Tensor) and target.is_meta:
+        if func.__name__ in FILLS and isinstance(target, torch.Tensor) and target.is_meta:
             return target
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.slow
 def test_every_parameter_of_every_architecture_is_constrained_or_has_a_reason(record_property, monkeypatch):
-    monkeypatch.setattr("lightning_fgsgd.plan.draw_index_sets", lambda *_, **__: None)  # billions of draws, of no matter
+    monkeypatch.setattr(
+        "lightning_fgsgd.plan.draw_index_sets", lambda *_, **__: None
+    )  # billions of draws, of no matter
     files = {}
     for file in timm.list_modules():
         count = files[file] = Counter()
