@@ -1,8 +1,9 @@
 """The step of many weights in one launch on a GPU: Triton code made from :mod:`~lightning_fgsgd.step` itself.
 
 As :mod:`~lightning_fgsgd.fused` does for a CPU. What differs between the weights that a launch serves (addresses, sizes,
-strides, the numbers of the step) stands in two small tables in the device's memory. For float32; all else, and kernels
-larger than 3x3, go through :mod:`~lightning_fgsgd.eager`.
+strides, the numbers of the step) stands in small tables in the device's memory. Kernels up to 3x3 are worked on one to a
+thread, larger ones as blocks are, tile by tile. For float32; all else, and components with more than 32 rows or columns, go
+through :mod:`~lightning_fgsgd.eager`.
 
 With ``TRITON_INTERPRET=1`` in the environment it runs on a CPU, slowly, to be tested.
 """
@@ -26,10 +27,8 @@ from lightning_fgsgd.symbolic import planes, upper_of, variant_of, written
 
 __all__ = ["Job", "advance", "available", "group_squares", "suits"]
 
-_LANE = (
-    9  # entries of the largest kernel that is worked on by one lane: code for a 4x4 one takes half a minute to compile
-)
-_MOST_ROWS = 32  # of a larger kernel, or a block: likewise
+_LANE = 9  # entries of the largest kernel that one lane works on: code for a 4x4 one takes half a minute to compile
+_MOST_ROWS = 32  # of a larger kernel, or a block: likewise, minutes for 64
 _MOST_SLOTS = 16  # groups in a pool
 _LANES = 128  # kernels that a program works on, one to a thread
 _TILE = 64  # columns of a block that are worked on together
