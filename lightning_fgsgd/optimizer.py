@@ -51,9 +51,9 @@ class FGSGD(torch.optim.Optimizer):
             the space in which ω stands, at radius R (the paper read literally). R_g, ρ and c are taken in the metric chosen.
         foreach: as in ``torch.optim.SGD``, for the unconstrained parameters.
         fused: step the constrained weights by compiled code made from the step itself, in one pass over memory: C++ on a CPU
-            (float32 and float64; :mod:`~lightning_fgsgd.fused`), Triton on a GPU (float32; :mod:`~lightning_fgsgd.fused_gpu`).
-            ``None``: where that can be compiled; says so once where it cannot. ``False``: by torch's own operations.
-            ``True``: an error where it cannot.
+            (float32 and float64; :mod:`~lightning_fgsgd.fused`), Triton on a GPU (float32;
+            :mod:`~lightning_fgsgd.fused_gpu`). ``None``: where that can be compiled; says so once where it cannot.
+            ``False``: by torch's own operations. ``True``: an error where it cannot.
 
     Raises:
         ValueError: an argument out of range, or a weight to be placed that holds NaN or infinite values.
