@@ -22,18 +22,7 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests of this file run as they are")
 def test_the_tests_of_this_file_pass_in_tritons_interpreter():
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--durations=3",
-        __file__,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stdout[-5000:]
