@@ -10,11 +10,18 @@ VECTORS = r"""
 #include <type_traits>
 #include <utility>
 
-constexpr int L = 64 / sizeof(real);  // numbers in the widest vector
-typedef real vec __attribute__((vector_size(64)));
+#if defined(__AVX512F__)  // bytes in a register: gcc keeps wider vectors in memory
+#define WIDEST 64
+#elif defined(__AVX__)
+#define WIDEST 32
+#else
+#define WIDEST 16
+#endif
+constexpr int L = WIDEST / sizeof(real);  // numbers in the widest vector
+typedef real vec __attribute__((vector_size(WIDEST)));
 typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> place;
-typedef place places __attribute__((vector_size(64)));
-typedef real loose __attribute__((vector_size(64), aligned(sizeof(real))));  // a vector at any address
+typedef place places __attribute__((vector_size(WIDEST)));
+typedef real loose __attribute__((vector_size(WIDEST), aligned(sizeof(real))));  // a vector at any address
 """
 
 PACKING = r"""
@@ -99,11 +106,21 @@ static inline void pack(real* to, real (&tile)[E][T]) {
 
 BLOCKS = r"""
 
-#ifdef __AVX512F__  // keep a vector in its register: gcc would read it again for every product
+#if defined(__AVX512F__)  // keep a vector in its register: gcc would read it again for every product
 #define HOLD(x) asm("" : "+v"(x))
+#elif defined(__AVX__)
+#define HOLD(x) asm("" : "+x"(x))
 #else
 #define HOLD(x)
 #endif
+
+#ifdef __AVX512F__  // as many sums as fit the registers: of 4 rows with this many rows, and of so many rows
+constexpr int columns = 4, most = 16;
+#else
+constexpr int columns = 2, most = 8;
+#endif
+
+#define UNROLLED _Pragma("GCC unroll 16")  // sums by number are registers only where the loop over them is gone
 
 static inline vec load(const real* from) { return *(const loose*)from; }
 static inline void store(real* to, vec x) { *(loose*)to = x; }
@@ -133,7 +150,7 @@ static inline real squares(int64_t size, const real* a) {
   vec sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * L <= size; i += 4 * L)
-    for (int t = 0; t < 4; ++t) { const vec x = load(a + i + t * L); sums[t] += x * x; }
+    UNROLLED for (int t = 0; t < 4; ++t) { const vec x = load(a + i + t * L); sums[t] += x * x; }
   real sum = 0;
   for (; i < size; ++i) sum += a[i] * a[i];
   const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -156,35 +173,40 @@ static inline vec pairs(vec a, vec b, std::integer_sequence<int, T...>) {
 // The sum of each of N vectors.
 template <int W, int N>
 static inline void sums_of(vec* x, real* to) {
-  if constexpr (W == L) { for (int i = 0; i < N; ++i) store(to + i * L, x[i]); }
+  if constexpr (W == L) { UNROLLED for (int i = 0; i < N; ++i) store(to + i * L, x[i]); }
   else {
-    for (int i = 0; i < N / 2; ++i) x[i] = pairs<W>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, L>());
+    UNROLLED for (int i = 0; i < N / 2; ++i) x[i] = pairs<W>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, L>());
     sums_of<2 * W, N / 2>(x, to);
   }
 }
 
-// Inner products of 4 rows with 4 rows, all sums in registers.
-static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
-  vec sums[16] = {};
+// Inner products of 4 rows with rows, all sums in registers.
+static inline void inner_of(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
+  vec sums[4 * columns] = {};
   int64_t c = 0;
   for (; c + L <= n; c += L) {
-    vec y[4];
-    for (int j = 0; j < 4; ++j) { y[j] = load(b + (j0 + j) * n + c); HOLD(y[j]); }
-    for (int i = 0; i < 4; ++i) {
+    vec y[columns];
+    UNROLLED for (int j = 0; j < columns; ++j) { y[j] = load(b + (j0 + j) * n + c); HOLD(y[j]); }
+    UNROLLED for (int i = 0; i < 4; ++i) {
       vec x = load(a + (i0 + i) * n + c);
       HOLD(x);
       if (ahead) __builtin_prefetch(ahead + (i0 + i) * n + c, 0, 2);
-      for (int j = 0; j < 4; ++j) sums[4 * i + j] += x * y[j];
+      UNROLLED for (int j = 0; j < columns; ++j) sums[columns * i + j] += x * y[j];
     }
   }
-  real found[16];
-  sums_of<1, 16>(sums, found);
+  real found[4 * columns];
+  sums_of<1, 4 * columns>(sums, found);
   for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) {
-      real sum = found[4 * i + j];
+    for (int j = 0; j < columns; ++j) {
+      real sum = found[columns * i + j];
       for (int64_t d = c; d < n; ++d) sum += a[(i0 + i) * n + d] * b[(j0 + j) * n + d];
       z[i0 + i][j0 + j] = sum;
     }
+}
+
+// Of 4 rows with 4 rows.
+static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
+  for (int j = 0; j < 4; j += columns) inner_of(n, a, b, z, i0, j0 + j, j ? nullptr : ahead);
 }
 
 static inline real inner_product(int64_t n, const real* a, const real* b) {
@@ -221,13 +243,13 @@ static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, rea
   int64_t d = 0;
   for (; d + L <= n; d += L) {
     vec sums[I];
-    for (int i = 0; i < I; ++i) sums[i] = c ? x * load(c + (i0 + i) * n + d) : vec{};
+    UNROLLED for (int i = 0; i < I; ++i) sums[i] = c ? x * load(c + (i0 + i) * n + d) : vec{};
     for (int j = begin; j < end; ++j) {
       const vec row = load(q + j * n + d);
       if (ahead) __builtin_prefetch(ahead + j * n + d, 0, 2);
-      for (int i = 0; i < I; ++i) sums[i] += f[j][i] * row;
+      UNROLLED for (int i = 0; i < I; ++i) sums[i] += f[j][i] * row;
     }
-    for (int i = 0; i < I; ++i) store(out + (i0 + i) * n + d, sums[i]);
+    UNROLLED for (int i = 0; i < I; ++i) store(out + (i0 + i) * n + d, sums[i]);
   }
   for (; d < n; ++d)
     for (int i = 0; i < I; ++i) {
@@ -242,11 +264,6 @@ enum shape { full, upper, lower };
 template <shape S>
 static void apply(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
                   const real* ahead) {
-#ifdef __AVX512F__
-  constexpr int most = 16;  // sums fit the registers
-#else
-  constexpr int most = 8;
-#endif
   constexpr int many = S == full ? most : most / 2;  // fewer rows have more zeros in common
   constexpr int whole = P / many * many;
   for (int i = 0; i < whole; i += many)

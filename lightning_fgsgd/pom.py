@@ -358,22 +358,12 @@ class POM:
 
     def look(self, weight: Tensor) -> ProductOfManifolds:
         """What ``optimizer.pom`` shows."""
-        p = self.cutting.p
-        radius = self.radius
+        p, radius, sets = self.cutting.p, self.radius, self.sets
         scale = torch.eye(p, dtype=radius.dtype, device=radius.device).repeat(self.cutting.count, 1, 1)
         for part in self.parts:
             scale[part.members] = part.manifold.scaled(scale[part.members], part.scale)
-        components = self.cutting.cut(weight.detach()).clone()
-        sets = self.sets
-        return ProductOfManifolds(
-            components,
-            sets.manifold.long(),
-            sets.manifold_names,
-            sets.group.long(),
-            radius,
-            scale,
-            self.start,
-        )
+        components, manifold, group = self.cutting.cut(weight.detach()).clone(), sets.manifold.long(), sets.group.long()
+        return ProductOfManifolds(components, manifold, sets.manifold_names, group, radius, scale, self.start)
 
     def same_constraints(self, other: POM) -> bool:
         """Whether the components of ``other`` fall in the same groups on the same manifolds, and started alike."""
