@@ -31,7 +31,7 @@ PACKING = r"""
 // and the places are put in order.
 template <int... l> using lanes = std::integer_sequence<int, l...>;
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 constexpr bool blends(int E) { return E % 2 == 1 && E > 1 && E <= 9; }  // more numbers need more blends than moves
 #else
 constexpr bool blends(int E) { return false; }
