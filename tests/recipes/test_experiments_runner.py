@@ -119,7 +119,7 @@ def test_a_failing_run_is_named_after_the_others_have_been_kept(tmp_path):
     with pytest.raises(RuntimeError, match=r"small: 'Wrong', seed [01], .*failed") as caught:
         main(experiment(tmp_path, arms), output=str(tmp_path), workers=2)
     assert "manifold: not an option of fgsgd" in str(caught.value.__cause__)
-    assert [r["arm"] for r in rows_of(tmp_path)] == ["SGD"]
+    assert {r["arm"] for r in rows_of(tmp_path)} == {"SGD"}  # one or two, as the processes happen to end
 
 
 @pytest.mark.parametrize("method", [{"method": "sgd"}, {"method": "fgsgd", "manifolds": ["sphere"]}])
