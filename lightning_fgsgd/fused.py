@@ -5,7 +5,7 @@ operations is the body of a loop over the components of a weight, so there is no
 kernels are symbols entry by entry, a vector of components at a time (:mod:`~lightning_fgsgd.source`), contiguous or
 channels_last; blocks of output neurons are symbols row by row, one block at a time (:mod:`~lightning_fgsgd.source_blocks`).
 One loop serves all weights whose components have the same size, whatever their shape: sizes, strides and the numbers of the
-step are its arguments. torch's own code cache compiles it, in about a second, once a machine.
+step are its arguments. torch's own code cache compiles it, in seconds, once a machine.
 
 For float32 and float64 on a CPU. All else, and large kernels, go through :mod:`~lightning_fgsgd.eager`.
 """
