@@ -319,10 +319,16 @@ class POM:
 
         Components on the Euclidean manifold have no radius to set, and stay.
         """
-        old = self.radius
-        self.set_radius(radius.to(old))
-        omega = self.cutting.cut(working(weight)) * (self.radius / old)[:, None, None]
-        weight.copy_(self.cutting.join(omega))
+        old, radius = self.radius, radius.to(self.radius)
+        new = torch.where(self.on("euclidean"), 1.0, radius)
+        scaled = self.cutting.join(self.cutting.cut(working(weight)) * (new / old)[:, None, None])
+        try:
+            self.set_radius(radius)
+            weight.copy_(scaled)
+        except BaseException:  # an interrupt between the two: R and the weight change together, or there is no manifold
+            self.set_radius(radius)
+            weight.copy_(scaled)
+            raise
 
     @torch.no_grad()
     def project(self, weight: Tensor) -> None:

@@ -368,6 +368,25 @@ def test_an_interrupt_between_the_weights_of_a_step_leaves_each_before_or_after_
     assert_fits_as_new(tmp_path, module, given)
 
 
+def test_an_interrupt_while_r_is_set_finds_r_and_the_weight_changed_together(monkeypatch):
+    model = nn.Conv2d(4, 6, 3)
+    optimizer = FGSGD(pom_param_groups(model), lr=0.1)
+    pom, before = optimizer.poms[model.weight], model.weight.detach().clone()
+    set_radius, calls = pom.set_radius, []
+
+    def interrupted(*args, **kwargs):
+        set_radius(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pom, "set_radius", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.rescale(model.weight, torch.full_like(pom.radius, 0.02))
+    assert worst(optimizer) < 1e-5
+    torch.testing.assert_close(model.weight.detach(), 0.02 * before)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("interrupts")
 def test_interrupts_at_any_moment_leave_nothing_behind(tmp_path):
