@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.manifolds import working
+from lightning_fgsgd.pom import POM
 
 __all__ = ["distance_to_average"]
 

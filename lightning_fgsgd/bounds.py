@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fgsgd.manifolds import working
 from lightning_fgsgd.norms import Norms, component_norms, geometric_means, group_norms
-from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.pom import POM
 
 __all__ = ["CHECKS", "LayerNorms", "LogBounds", "bai_yin", "layer_norms", "table1", "table2"]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.grouping import pack, unpack
-from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.manifolds import working
+from lightning_fgsgd.pom import POM
 from lightning_fgsgd.sharding import collect, local, split_like
 
 __all__ = ["match", "restore_momentum", "save", "take_apart", "whole"]

@@ -180,7 +180,7 @@ static inline void sums_of(vec* x, real* to) {
   }
 }
 
-// Inner products of 4 rows with rows, all sums in registers.
+// Inner products of 4 rows with ``columns`` rows, all sums in registers.
 static inline void inner_of(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
   vec sums[4 * columns] = {};
   int64_t c = 0;

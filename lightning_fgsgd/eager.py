@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd import matrices
-from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.manifolds import working
+from lightning_fgsgd.pom import POM
 from lightning_fgsgd.step import Options, move, riemannian_gradient
 
 __all__ = ["advance", "advance_far", "squares"]

@@ -16,7 +16,7 @@ from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.factors import factor_of, inverse_in_two_terms, pack_upper, unpack_upper
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import IndexSets
-from lightning_fgsgd.manifolds import Manifold, get_manifold, wide
+from lightning_fgsgd.manifolds import Manifold, get_manifold, wide, working
 from lightning_fgsgd.matrices import expand
 from lightning_fgsgd.plan import PlannedWeight, layer_seed
 from lightning_fgsgd.sharding import Shard, largest
@@ -394,13 +394,3 @@ class POM:
             f"POM({self.name}: {cutting.count} {cutting.kind} components of {cutting.n} x {cutting.p} "
             f"in {self.num_groups} groups, {', '.join(self.sets.manifold_names)}, start={self.start!r})"
         )
-
-
-def working(weight: Tensor) -> Tensor:
-    """``weight`` in the precision of the geometry."""
-    return weight.to(working_dtype(weight))
-
-
-def working_dtype(weight: Tensor) -> torch.dtype:
-    """The precision of the geometry: float32 for half precision, the weight's own otherwise."""
-    return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype

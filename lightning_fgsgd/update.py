@@ -14,7 +14,8 @@ from torch.optim.sgd import sgd
 
 from lightning_fgsgd import eager, fused, fused_gpu
 from lightning_fgsgd.average import distance_to_average
-from lightning_fgsgd.pom import POM, working_dtype
+from lightning_fgsgd.manifolds import working_dtype
+from lightning_fgsgd.pom import POM
 from lightning_fgsgd.sharding import add_up, local, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer

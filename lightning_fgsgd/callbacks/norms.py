@@ -14,9 +14,10 @@ from lightning_fgsgd._lightning import Callback, LightningModule, Misconfigurati
 from lightning_fgsgd.bounds import CHECKS, LayerNorms, layer_norms, table1
 from lightning_fgsgd.checkpoint import whole
 from lightning_fgsgd.components import cutting_of
+from lightning_fgsgd.manifolds import working
 from lightning_fgsgd.norms import Norms, group_norms
 from lightning_fgsgd.optimizer import FGSGD
-from lightning_fgsgd.pom import POM, working
+from lightning_fgsgd.pom import POM
 from lightning_fgsgd.reasons import normalizes_weight
 from lightning_fgsgd.sharding import whole_of
 

@@ -10,14 +10,26 @@ optimizers.
 
 from __future__ import annotations
 
-from lightning_fgsgd.manifolds.base import Manifold, wide
+from lightning_fgsgd.manifolds.base import Manifold, wide, working, working_dtype
 from lightning_fgsgd.manifolds.euclidean import Euclidean
 from lightning_fgsgd.manifolds.oblique import Oblique
 from lightning_fgsgd.manifolds.product import Product
 from lightning_fgsgd.manifolds.sphere import Sphere
 from lightning_fgsgd.manifolds.stiefel import Stiefel
 
-__all__ = ["MANIFOLDS", "Euclidean", "Manifold", "Oblique", "Product", "Sphere", "Stiefel", "get_manifold", "wide"]
+__all__ = [
+    "MANIFOLDS",
+    "Euclidean",
+    "Manifold",
+    "Oblique",
+    "Product",
+    "Sphere",
+    "Stiefel",
+    "get_manifold",
+    "wide",
+    "working",
+    "working_dtype",
+]
 
 MANIFOLDS: dict[str, Manifold] = {m.name: m for m in (Sphere(), Oblique(), Stiefel(), Euclidean())}
 

@@ -145,6 +145,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x))
 
 
+def working(weight: Tensor) -> Tensor:
+    """``weight`` in the precision of the geometry."""
+    return weight.to(working_dtype(weight))
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """The precision of the geometry: float32 for half precision, the weight's own otherwise."""
+    return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+
+
 def norm(v: Tensor, dims: Sequence[int]) -> Tensor:
     """Euclidean norm over ``dims``, which are kept, without overflow or underflow of the squares."""
     largest = v.abs().amax(tuple(dims), keepdim=True)
