@@ -74,7 +74,7 @@ def main() -> None:
     for name in args.models:
         model = timm.create_model(name).to(device)
         for start in ("project", "random", "preserve"):
-            for fused in (True, False) if device.type == "cpu" else (False,):
+            for fused in (True, False):
                 found.append({"model": name, "start": start, "fused": str(fused), **measure(model, start, fused)})
     print(harness.table(found, COLUMNS))
     harness.write(args.out, "memory", found, harness.environment(device))

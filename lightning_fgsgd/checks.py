@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fgsgd.pom import METRICS
 from lightning_fgsgd.sharding import Shard, anywhere
 
-__all__ = ["LARGEST_GRADIENT", "gradients", "options", "stray_weights"]
+__all__ = ["LARGEST_GRADIENT", "gradients", "options", "stray_weights", "too_large"]
 
 LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
 _STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
@@ -64,6 +64,17 @@ def gradients(grads: Mapping[str, Tensor], shards: Sequence[Shard | None] = ()) 
         f"FGSGD: the gradients of {len(bad)} of {len(norms)} constrained weights are not finite, or their norm exceeds "
         f"{LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
         "too high, a loss that is not finite, or NaN in the input"
+    )
+
+
+def too_large(sums: Mapping[str, Tensor]) -> FloatingPointError:
+    """What to raise where gradients are too large in the metric alone, given R_g² of the groups of each weight."""
+    norms = {name: float(x.max()) ** 0.5 for name, x in sums.items()}
+    name = max(norms, key=lambda name: norms[name])
+    return FloatingPointError(
+        f"FGSGD: the Riemannian norm of a gradient exceeds {LARGEST_GRADIENT:g} ({name}: {norms[name]:.3g}), and not its "
+        "Euclidean norm; no weight was moved. Components of it stood at next to 0 when they were placed: start from larger "
+        'weights, pass metric="unit", or leave the weight out'
     )
 
 

@@ -14,8 +14,8 @@ from torch.optim.sgd import sgd
 from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.plan import POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
-from lightning_fgsgd.sharding import add_up, anywhere, largest, local, opened, shard_of, split_like, version, whole_of
-from lightning_fgsgd.update import Update, compiles, move_all, shares_of_all, sums_of_all, undisturbed
+from lightning_fgsgd.sharding import anywhere, largest, local, opened, shard_of, split_like, version, whole_of
+from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, undisturbed
 
 __all__ = ["FGSGD"]
 
@@ -241,8 +241,8 @@ class FGSGD(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a constrained weight, or its gradient, holds NaN or infinite values, or the norm of the
-                gradient exceeds 1e18. Nothing has moved then. Unconstrained parameters are stepped as by torch.optim.SGD,
-                whatever their gradient.
+                gradient, Euclidean or Riemannian, exceeds 1e18. Nothing has moved then. Unconstrained parameters are stepped
+                as by torch.optim.SGD, whatever their gradient.
         """
         loss = None
         if closure is not None:
@@ -255,19 +255,22 @@ class FGSGD(torch.optim.Optimizer):
     def _step(self) -> None:
         updates = self._updates()
         self._check(updates)
-        sums = self._sums(updates)  # looks for gradients that are not finite, before anything moves
-        self._unplaced.clear()
-        shares = shares_of_all(updates, sums)
-        bound = [(u, x) for u, x in zip(updates, shares, strict=True) if u.pom.constrains]
-        moved, whole = move_all([u for u, _ in bound], [x for _, x in bound])
+        sums, finite = finite_sums(updates)
+        shares = shares_of_all(updates, sums, finite)
+        bound = [i for i, u in enumerate(updates) if u.pom.constrains]
+        moved, answers = move_all([updates[i] for i in bound], [shares[i] for i in bound])
         for update, share in zip(updates, shares, strict=True):
             if not update.pom.constrains:
                 update.move_freely(share)
         # One answer to the host: steps that are too long for the fast retraction are as good as never taken.
-        if whole and not bool(torch.stack(whole).all()):
-            for (update, share), m in zip(bound, moved, strict=True):
+        answers += [] if finite is None else [finite]
+        if answers and not bool(torch.stack(answers).all()):
+            if finite is not None and not bool(finite):
+                refuse(updates, sums)
+            for i, m in zip(bound, moved, strict=True):
                 if not bool(m.all()):
-                    update.move_far(share, m)
+                    updates[i].move_far(shares[i], m)
+        self._unplaced.clear()
         for update in updates:
             if update.group["lr"] != 0:
                 self._versions[update.weight] = version(update.weight)
@@ -297,23 +300,6 @@ class FGSGD(torch.optim.Optimizer):
             compiled = compiles(group["fused"], p.device)
             updates.append(Update(p, self._poms[p].follow(p), group, self.state[p], compiled, chunk))
         return updates
-
-    def _sums(self, updates: list[Update]) -> list[Tensor | None]:
-        """R_g² of the groups of each weight, None without 𝔤. Refuses gradients that are not finite."""
-        shards = [update.pom.shard for update in updates]
-        sums = sums_of_all(updates)
-        spread = {
-            i: (s, x) for i, (s, x) in enumerate(zip(shards, sums, strict=True)) if s and s.spread and x is not None
-        }
-        for i, found in add_up(spread).items():
-            sums[i] = found
-        known = [x for x in sums if x is not None]
-        bad = bool(known) and not float(torch.cat(known).max()) <= checks.LARGEST_GRADIENT**2
-        if any(shards):
-            bad = any(anywhere([bad] * len(shards), shards, updates[0].grad.device))
-        if bad:
-            checks.gradients({update.pom.name: local(update.grad) for update in updates}, shards)
-        return sums
 
     def _check(self, updates: list[Update]) -> None:
         """Refuse gradients that are not finite where 𝔤 will not notice, and look at the weights that others have written to.

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from lightning_fgsgd import eager, fused, fused_gpu
+from lightning_fgsgd import checks, eager, fused, fused_gpu
 from lightning_fgsgd.average import distance_to_average
 from lightning_fgsgd.manifolds import working_dtype
 from lightning_fgsgd.pom import POM
-from lightning_fgsgd.sharding import add_up, local, opened, split_like
+from lightning_fgsgd.sharding import add_up, anywhere, local, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
-__all__ = ["Update", "compiles", "move_all", "shares_of_all", "sums_of_all", "undisturbed"]
+__all__ = ["Update", "compiles", "finite_sums", "move_all", "refuse", "shares_of_all", "sums_of_all", "undisturbed"]
 
 
 def compiles(wanted: bool | None, device: torch.device | str = "cpu") -> bool:
@@ -121,6 +121,16 @@ class Update:
         group = self.group
         fresh = 1.0 if self._first else 1.0 - group["dampening"]
         return Options(-1.0 if group["maximize"] else 1.0, group["weight_decay"], group["lr"], group["momentum"], fresh)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether the weight stays where it is when 1/𝔤 is NaN, so that nobody has to look at 𝔤 before it is moved."""
+        return self.pom.constrains and self.pom.shard is None and not isinstance(self.group["rho"], str | None)
+
+    def undo(self) -> None:
+        """Forget the momentum that a step which moved nothing has begun."""
+        if self._first:
+            self.state.pop("momentum_buffer", None)
 
     def _suits(self, *tensors: Any) -> bool:
         return self.compiled and fused.suits(self.pom, *tensors)
@@ -225,8 +235,54 @@ def sums_of_all(updates: Sequence[Update]) -> list[Tensor | None]:
     return [None if i not in wanted else found[i] if i in found else u.sums() for i, u in enumerate(updates)]
 
 
-def shares_of_all(updates: Sequence[Update], sums: Sequence[Tensor | None]) -> list[Tensor]:
-    """1/𝔤 of the groups of each weight, see :meth:`Update.shares`: at once for all whose ρ is the same."""
+def finite_sums(updates: Sequence[Update]) -> tuple[list[Tensor | None], Tensor | None]:
+    """R_g² as of :func:`sums_of_all`, over all processes, when gradients are known to be finite.
+
+    Or before that, with one bool that will say it, so that the host does not wait for the backward pass: where it turns out
+    not to hold, :func:`shares_of_all` lets nothing move, and :func:`refuse` is to follow.
+
+    Raises:
+        FloatingPointError: gradients are not finite, or too large.
+    """
+    shards = [update.pom.shard for update in updates]
+    sums = sums_of_all(updates)
+    spread = {i: (s, x) for i, (s, x) in enumerate(zip(shards, sums, strict=True)) if s and s.spread and x is not None}
+    for i, found in add_up(spread).items():
+        sums[i] = found
+    known = [x for x in sums if x is not None]
+    if not known:
+        return sums, None
+    finite = torch.cat(known).max() <= checks.LARGEST_GRADIENT**2
+    if all(update.can_wait for update in updates):
+        return sums, finite
+    bad = not bool(finite)
+    if any(shards):
+        bad = any(anywhere([bad] * len(shards), shards, updates[0].grad.device))
+    if bad:
+        refuse(updates, sums)
+    return sums, None
+
+
+def refuse(updates: Sequence[Update], sums: Sequence[Tensor | None]) -> None:
+    """Refuse gradients that are not finite or too large, before a step, or after one that moved nothing for that.
+
+    Raises:
+        FloatingPointError: always.
+    """
+    for update in updates:
+        update.undo()
+    checks.gradients({u.pom.name: local(u.grad) for u in updates}, [u.pom.shard for u in updates])
+    # They are large in their metric alone, as where weights had stood at next to 0 when they were placed.
+    raise checks.too_large({u.pom.name: x for u, x in zip(updates, sums, strict=True) if x is not None})
+
+
+def shares_of_all(
+    updates: Sequence[Update], sums: Sequence[Tensor | None], finite: Tensor | None = None
+) -> list[Tensor]:
+    """1/𝔤 of the groups of each weight, see :meth:`Update.shares`: at once for all whose ρ is the same.
+
+    NaN, with which no component moves, where ``finite`` (one bool) is given and does not hold.
+    """
     shares: dict[int, Tensor] = {}
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, (update, of_groups) in enumerate(zip(updates, sums, strict=True)):
@@ -239,6 +295,7 @@ def shares_of_all(updates: Sequence[Update], sums: Sequence[Tensor | None]) -> l
         norms = torch.cat([sums[i] for i in members]).sqrt().to(dtype)  # type: ignore[misc]
         curvature = torch.cat([updates[i].pom.curvatures(updates[i].group["metric"]) for i in members])
         of_all = 1 / step_normalizer(norms, rho, curvature)
+        of_all = of_all if finite is None else torch.where(finite, of_all, torch.nan)
         shares |= zip(members, of_all.split([updates[i].pom.num_groups for i in members]), strict=True)
     return [shares[i] for i in range(len(updates))]
 

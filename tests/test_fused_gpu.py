@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,20 @@ def test_without_triton_it_says_so_once_and_steps_all_the_same(monkeypatch):
         run(nn.Linear(4, 4).to(DEVICE), None, steps=2)
     with pytest.raises(RuntimeError, match="fused: True was asked for, but no Triton code"):
         run(nn.Linear(4, 4).to(DEVICE), True)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_the_host_waits_for_the_gpu_once_a_step():
+    model = layers()
+    optimizer = run(model, True, steps=2, momentum=0.9)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -481,6 +481,44 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_names_the_weights(tiny,
     assert all(x.isfinite().all() for x in tiny.state_dict().values())
 
 
+def test_a_first_step_that_is_refused_is_as_good_as_none(tiny):
+    found = []
+    for bad in (None, math.nan):
+        model = copy.deepcopy(tiny)
+        optimizer = FGSGD(pom_param_groups(model), lr=0.1, momentum=0.9, dampening=0.5)
+        torch.manual_seed(0)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        if bad is not None:
+            kept = model.conv.weight.grad.clone()
+            model.conv.weight.grad[0, 0, 0, 0] = bad
+            with pytest.raises(FloatingPointError, match="no weight was moved"):
+                optimizer.step()
+            assert not any("momentum_buffer" in state for state in optimizer.state.values())
+            model.conv.weight.grad = kept
+        optimizer.step()  # the first: its gradient is taken whole, and not halved by the dampening
+        found.append([*model.parameters(), *(optimizer.state[p]["momentum_buffer"] for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_gradient_that_is_large_in_its_metric_alone_is_refused_with_what_to_do(average):
+    layer = nn.Conv2d(3, 4, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(1e-12)
+    groups = pom_param_groups(layer, start="project")  # stands at 1 from now on, with the metric of where it stood
+    layer.weight.grad = 1e8 * torch.randn_like(layer.weight)
+    optimizer = FGSGD(groups, lr=1.0, rho="average" if average else 1.0)
+    before = layer.weight.detach().clone()
+    with pytest.raises(
+        FloatingPointError, match=r"the Riemannian norm of a gradient exceeds 1e\+18 \(weight: .*metric=\"unit\""
+    ):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+    FGSGD(pom_param_groups(layer, start="project"), lr=1.0, metric="unit").step()
+    assert not torch.equal(layer.weight, before)
+
+
 def test_huge_and_tiny_gradients_move_the_weights_on_their_manifolds(tiny):
     for size in (1e16, 1e-30, 0.0):
         for rho in (1.0, None, "average"):
