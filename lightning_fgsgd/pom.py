@@ -128,11 +128,12 @@ class POM:
                 f"{planned.name}: the weight holds NaN or infinite values, so it has no place on a manifold"
             )
         cutting, sets = planned.cutting, planned.index_sets
-        omega = cutting.cut(working(weight)).clone()
+        # On the CPU, whatever the device: the same bits everywhere, and no code of a GPU's libraries to load for this once.
+        omega = cutting.cut(working(weight).cpu()).clone()
         origins, sizes, factors = {}, {}, {}
         generator = torch.Generator().manual_seed(layer_seed(planned.seed, planned.name) ^ 1)
         for i, manifold_name in enumerate(sets.manifold_names):
-            index = (sets.manifold == i).nonzero()[:, 0].to(weight.device)
+            index = (sets.manifold == i).nonzero()[:, 0]
             if manifold_name == "euclidean" or index.numel() == 0:
                 continue
             manifold = get_manifold(manifold_name)
@@ -147,11 +148,11 @@ class POM:
             else:
                 shape = (index.numel(), cutting.n, cutting.p)
                 omega[index] = manifold.random(*shape, generator=generator, dtype=torch.float64).to(omega)
-        upper = pack_upper(factors, sets.to(weight.device), cutting, omega) if factors else None
+        upper = pack_upper(factors, sets, cutting, omega) if factors else None
         if planned.start != "preserve":
             weight.copy_(cutting.join(omega))
-        radius = torch.ones(cutting.count, dtype=omega.dtype, device=weight.device)
-        return cls(planned.name, cutting, sets, planned.start, upper, radius, origins, sizes)
+        radius = omega.new_ones(cutting.count)
+        return cls(planned.name, cutting, sets, planned.start, upper, radius, origins, sizes).follow(weight)
 
     def part(self, shard: Shard | None) -> POM:
         """The part of it that this process steps; all of it where the weight is not sharded."""

@@ -1,5 +1,6 @@
 """GPU code does what torch's operations do. Without a GPU these tests run in Triton's interpreter, in another process."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -181,6 +182,20 @@ def test_the_host_waits_for_the_gpu_once_a_step():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("start", ["preserve", "project", "random"])
+def test_weights_are_placed_on_a_gpu_to_the_bit_as_on_a_cpu(start):
+    torch.manual_seed(0)
+    found = []
+    model = layers().cpu()
+    for device in ("cpu", "cuda"):
+        mine = copy.deepcopy(model).to(device)
+        optimizer = FGSGD(pom_param_groups(mine, start=start), lr=0.1)
+        poms = [x for pom in optimizer.poms.values() for x in (pom.radius, pom.sets.slot, pom.upper) if x is not None]
+        found.append([x.cpu() for x in (*(p.detach() for p in mine.parameters()), *poms)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
