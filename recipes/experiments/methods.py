@@ -25,6 +25,7 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     layer_decay: float | None = None,
+    decay_kernels: bool = True,
 ) -> Optimizer:
     """torch's SGD; with ``layer_decay``, timm's rates that fall from the head to the input.
 
@@ -32,8 +33,15 @@ def sgd(
         net: the network.
         lr, momentum, nesterov, weight_decay: of ``torch.optim.SGD``.
         layer_decay: factor from each layer to the one before it.
+        decay_kernels: whether weight decay acts on the kernels and matrices of all layers but the head.
     """
     groups: Any = net.parameters()
+    if not decay_kernels:
+        if layer_decay is not None:
+            raise ValueError("decay_kernels: false goes with no layer_decay")
+        kernels = [layer.weight for layer in _constrainable(net)]
+        rest = [p for p in net.parameters() if not any(p is w for w in kernels)]
+        groups = [{"params": kernels, "weight_decay": 0.0}, {"params": rest}]
     if layer_decay is not None:
         groups = param_groups_layer_decay(net, weight_decay, layer_decay=layer_decay)
         groups = [{"params": g["params"], "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups]

@@ -65,6 +65,23 @@ def test_layer_decay_gives_each_layer_the_rate_that_timm_says():
     assert decays[id(net.bn2.weight)] == 0.0  # timm's rule
 
 
+def test_with_kernels_that_are_not_decayed_the_norms_the_biases_and_the_head_are():
+    net, other = network(), network()
+    optimizer = sgd(net, lr=0.1, weight_decay=0.5, decay_kernels=False)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    gradients(net)
+    gradients(other)
+    for name, p in other.named_parameters():
+        p.grad += 0.0 if p.ndim == 4 else 0.5 * p.detach()
+        assert p.ndim != 2 or name == "fc.weight"
+    optimizer.step()
+    plain.step()
+    for ours, expected in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
+    with pytest.raises(ValueError, match="decay_kernels: false goes with no layer_decay"):
+        sgd(net, lr=0.1, layer_decay=0.5, decay_kernels=False)
+
+
 def test_weight_norm_computes_the_same_and_steps_direction_and_length_apart():
     net, images = network(), torch.randn(4, 1, 16, 16)
     net.eval()
