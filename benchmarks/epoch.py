@@ -124,8 +124,9 @@ def main() -> None:
                 steps = run()
                 # The mean: every n-th batch is read for λ, and that is part of the cost.
                 totals[name].append(sum(steps) / len(steps))
-        found += harness.rows(totals, "sgd", what=what)
-    print(harness.table(found, COLUMNS))
+        rows = harness.rows(totals, "sgd", what=what)
+        print(harness.table(rows, COLUMNS), flush=True)
+        found += rows
     harness.write(args.out, "epoch", found, harness.environment(device))
 
 

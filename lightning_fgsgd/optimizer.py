@@ -94,8 +94,6 @@ class FGSGD(torch.optim.Optimizer):
             "fused": fused,
         }
         checks.options(defaults)
-        if fused:
-            compiles(True)
         self._poms: dict[Tensor, POM] = {}
         # What a weight was before it was placed, until the first step: a checkpoint that is loaded then finds the
         # weight as its own model state left it, not as a start that was drawn in between.
@@ -104,6 +102,9 @@ class FGSGD(torch.optim.Optimizer):
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
         super().__init__(params, defaults)
+        if fused:
+            for device in {p.device.type for group in self.param_groups for p in group["params"]}:
+                compiles(True, device)
         if isinstance(params, POMParamGroups):
             self.constrain(params.plan)
 

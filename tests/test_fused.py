@@ -198,6 +198,11 @@ def test_without_a_compiler_it_says_so_once_and_steps_all_the_same(monkeypatch):
         run(layers(), True)
 
 
+def test_only_a_compiler_for_where_the_weights_lie_is_looked_for(monkeypatch):
+    monkeypatch.setattr(fused, "available", lambda: pytest.fail("nothing is on the CPU"))
+    FGSGD([nn.Parameter(torch.ones(3, 3, device="meta"))], lr=0.1, fused=True)
+
+
 def test_a_machine_without_a_compiler_is_found_out(tmp_path):
     # In a process of its own: PATH and CXX lead nowhere, and nothing is cached.
     code = "from lightning_fgsgd import fused; print('reason:', fused.available())"
