@@ -1,7 +1,6 @@
 """Compiled code does what torch's operations do, on every layout, whatever the shape; and gives way where it cannot."""
 
 import copy
-import functools
 import subprocess
 import sys
 import warnings
@@ -30,16 +29,6 @@ def layers(dtype=torch.float32, layout=torch.contiguous_format, shapes="all"):
         model.append(nn.Linear(5, 6))
         model.append(nn.Conv2d(12, 14, 1, groups=2))
     return model.to(dtype).to(memory_format=layout)
-
-
-quick_kernel = functools.cache(fused._kernel.__wrapped__)  # apart from those that are compiled as for everyone
-
-
-@pytest.fixture
-def quickly_compiled(monkeypatch):
-    """For many variants: less time, and of the same source the same results but for rounding."""
-    monkeypatch.setattr(fused, "_FLAGS", (*fused._FLAGS, "-O1"))
-    monkeypatch.setattr(fused, "_kernel", quick_kernel)
 
 
 def run(model, fused_, steps=3, scale=0.3, rescale=False, metric="start", **options):
