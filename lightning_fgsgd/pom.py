@@ -128,7 +128,7 @@ class POM:
                 f"{planned.name}: the weight holds NaN or infinite values, so it has no place on a manifold"
             )
         cutting, sets = planned.cutting, planned.index_sets
-        # On the CPU, whatever the device: the same bits everywhere, and no code of a GPU's libraries to load for this once.
+        # On the CPU, whatever the device: the same bits everywhere, and LAPACK is there (see by_lapack).
         omega = cutting.cut(working(weight).cpu()).clone()
         origins, sizes, factors = {}, {}, {}
         generator = torch.Generator().manual_seed(layer_seed(planned.seed, planned.name) ^ 1)
