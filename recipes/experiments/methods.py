@@ -26,6 +26,7 @@ def sgd(
     weight_decay: float = 0.0,
     layer_decay: float | None = None,
     decay_kernels: bool = True,
+    head_alone: bool = False,
 ) -> Optimizer:
     """torch's SGD; with ``layer_decay``, timm's rates that fall from the head to the input.
 
@@ -34,8 +35,12 @@ def sgd(
         lr, momentum, nesterov, weight_decay: of ``torch.optim.SGD``.
         layer_decay: factor from each layer to the one before it.
         decay_kernels: whether weight decay acts on the kernels and matrices of all layers but the head.
+        head_alone: train the classifier on the features as they are.
     """
     groups: Any = net.parameters()
+    if head_alone:
+        net.requires_grad_(False)
+        groups = list(_head(net).requires_grad_(True).parameters())
     if not decay_kernels:
         if layer_decay is not None:
             raise ValueError("decay_kernels: false goes with no layer_decay")

@@ -11,7 +11,9 @@
       ...
 
 An arm with a ``grid`` is first run at each of its points with each of the ``tuning_seeds``; the point with the least mean
-validation error is what its final runs use. ``tuned_as`` takes the point that another arm chose. ``watch: true`` keeps
+validation error is what its final runs use. With ``keep: agreement`` (or ``agreement_recalibrated``) it is, of the points
+within one standard error of that, the one whose networks agree most with the pretrained one: errors closer than that cannot
+be told apart by so many validation images. ``tuned_as`` takes the point that another arm chose. ``watch: true`` keeps
 norms, bounds, λ and R of the run with the first seed; ``layout: true`` puts the arm into the table laid out as the paper's.
 """
 
@@ -31,7 +33,8 @@ import yaml
 
 # What an arm says of itself, not of its runs.
 OF_THE_ARM = ("grid", "tuned_as", "layout", "seeds", "watch")
-FIELDS = ("name", "seeds", "tuning_seeds", "reference", "common", "arms")
+FIELDS = ("name", "seeds", "tuning_seeds", "reference", "keep", "common", "arms")
+KEEPING = ("agreement", "agreement_recalibrated")
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,15 @@ def load(path: str | Path) -> dict[str, Any]:
     for name in spec:
         if name not in FIELDS:
             raise ValueError(f"{file.name}: unknown field {name!r}; choose from {', '.join(FIELDS)}")
-    spec = {"tuning_seeds": [], "common": {}, **spec}
+    spec = {"tuning_seeds": [], "common": {}, "keep": None, **spec}
     for name in ("name", "seeds", "arms"):
         if not spec.get(name):
             raise ValueError(f"{file.name}: {name} is missing")
     spec.setdefault("reference", next(iter(spec["arms"])))
     if spec["reference"] not in spec["arms"]:
         raise ValueError(f"{file.name}: reference: there is no arm {spec['reference']!r}")
+    if spec["keep"] is not None and spec["keep"] not in KEEPING:
+        raise ValueError(f"{file.name}: keep: {spec['keep']!r} is not one of {', '.join(map(repr, KEEPING))}")
     for arm, options in spec["arms"].items():
         if options.get("grid") and not spec["tuning_seeds"]:
             raise ValueError(f"{file.name}: tuning_seeds is missing, and {arm!r} has a grid")
@@ -135,21 +140,44 @@ def asked_for(spec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
 def choose(spec: Mapping[str, Any], arm: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The point of an arm's grid with the least mean validation error; None before all of its points have run.
 
+    With the experiment's ``keep``, the point that keeps most of those within one standard error of the least error p,
+    √(p(1 − p)/N) for N validation images of all tuning seeds (the rule of Breiman et al. 1984).
+
     Raises:
         ArithmeticError: all points diverged.
+        ValueError: ``keep``, and runs that did not measure it: the network is not pretrained.
     """
-    errors = {row["key"]: float(row["val_error"]) for row in rows}
+    keep = spec.get("keep")
+    found = {row["key"]: row for row in rows}
     grid = spec["arms"][arm]["grid"]
-    found: dict[str, list[float]] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
+    images = 0
     for run in tuning_runs(spec, arm):
-        if run.key not in errors:
+        if run.key not in found:
             return None
+        row = found[run.key]
+        error, kept = float(row["val_error"]), math.nan
+        if keep and math.isfinite(error):
+            if row[keep] in ("", None):
+                raise ValueError(f"keep: {keep!r} was not measured in the runs of {arm!r}; is its network pretrained?")
+            kept = float(row[keep])
         point = json.dumps({name: _get(run.config, name) for name in grid})
-        found.setdefault(point, []).append(errors[run.key])
-    means = {point: mean(values) for point, values in found.items() if all(map(math.isfinite, values))}
+        points.setdefault(point, []).append((error, kept))
+        if keep:
+            images += run.config["data"]["validation"]
+    means = {
+        point: tuple(map(mean, zip(*values, strict=True)))
+        for point, values in points.items()
+        if all(math.isfinite(error) for error, _ in values)
+    }
     if not means:
         raise ArithmeticError(f"{arm}: every point of its grid diverged; give it smaller learning rates")
-    return dict(json.loads(min(means, key=means.__getitem__)))
+    least = min(means, key=lambda point: means[point][0])
+    if keep:
+        share = means[least][0] / 100
+        within = means[least][0] + 100 * math.sqrt(share * (1 - share) * len(points) / images)
+        least = max((p for p in means if means[p][0] <= within), key=lambda point: means[point][1])
+    return dict(json.loads(least))
 
 
 def _base(spec: Mapping[str, Any], arm: str) -> dict[str, Any]:

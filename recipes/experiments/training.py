@@ -237,8 +237,8 @@ def train(
     if test:
         trainer.test(module, data, verbose=False)
         numbers["test_error"] = module.error()
-        if kept is not None:
-            numbers |= kept.measure(net)
+    if kept is not None:
+        numbers |= kept.measure(net)
     return Outcome(numbers, curve.epochs, (_history(callbacks) or None) if watch else None)
 
 
