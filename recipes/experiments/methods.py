@@ -39,6 +39,10 @@ def sgd(
     """
     groups: Any = net.parameters()
     if head_alone:
+        if layer_decay is not None or not decay_kernels:
+            raise ValueError(
+                "head_alone: true goes with no layer_decay and no decay_kernels: false; there is one layer"
+            )
         net.requires_grad_(False)
         groups = list(_head(net).requires_grad_(True).parameters())
     if not decay_kernels:

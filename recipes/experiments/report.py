@@ -15,6 +15,8 @@ from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curv
 
 SHORT = {"sphere": "Sp", "oblique": "Ob", "stiefel": "St", "euclidean": "Euc"}
 MEASURED = {
+    "test_error": "test error, %",
+    "val_error": "validation error, %",
     "agreement": "agreement, %",
     "agreement_recalibrated": "agreement, norms recalibrated, %",
     "divergence": "divergence, nats",
@@ -43,6 +45,7 @@ def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
         parts += ["## Test error", table(summary, spec), paper_table(summary, spec)]
     if any(isinstance(row["agreement"], float) for row in rows):
         parts += ["## What is forgotten", forgetting_table(summary)]
+        parts += [kept_table(rows, {**spec, "reference": arm}) for arm in (spec["reference"], *spec.get("against", ()))]
     if any(options.get("grid") for options in spec["arms"].values()):
         parts += ["## Tuning", tuning_table(rows, spec)]
     missing = [arm for arm in spec["arms"] if not finals(rows, arm)]
@@ -106,9 +109,26 @@ def forgetting_table(summary: Sequence[Row]) -> str:
     return _markdown(["arm", *(MEASURED[name] for name in measured), "seeds"], lines)
 
 
+def kept_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
+    """Error and agreement beside the reference's, paired by seed; empty where fewer than two seeds can be paired."""
+    by_arm: dict[str, list[str]] = {}
+    columns = ("test_error", "agreement", "agreement_recalibrated")
+    for column in columns:
+        for row in summarise(rows, spec, column):
+            if math.isfinite(row["low"]):
+                told = f"{row['difference']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f}"
+                by_arm.setdefault(row["arm"], []).append(told)
+    head = ["arm", *(MEASURED[column] for column in columns)]
+    lines = [[arm, *told] for arm, told in by_arm.items() if len(told) == len(columns)]
+    note = f"Differences to {spec['reference']}, 95 % intervals:\n\n"
+    return note + _markdown(head, lines) if lines else ""
+
+
 def tuning_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     """What was tried and what was chosen on the validation images of the tuning seeds."""
     lines = []
+    keep = spec.get("keep")
+    measured = ("val_error", keep) if keep else ("val_error",)
     for row in _tuned(rows, spec):
         grid = "; ".join(f"{name} {', '.join(map(_short, values))}" for name, values in row["grid"].items())
         chosen = "none: every point diverged" if row.get("lost") else "not decided"
@@ -117,9 +137,15 @@ def tuning_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
                 f"{name} {_short(value)}" + (" (an end of its grid)" if name in row["edges"] else "")
                 for name, value in row["chosen"].items()
             )
-        error = f"{row['val_error']:.2f}" if "chosen" in row else ""
-        lines.append([row["arm"], grid, chosen, error, str(row["runs"])])
-    return _markdown(["arm", "tried", "chosen", "validation error, %", "runs"], lines)
+        numbers = [f"{row[name]:.2f}" if "chosen" in row else "" for name in measured]
+        lines.append([row["arm"], grid, chosen, *numbers, str(row["runs"])])
+    note = (
+        "Chosen: of the points within one standard error of the least validation error, the one with the largest "
+        f"{MEASURED[keep]}.\n\n"
+        if keep
+        else ""
+    )
+    return note + _markdown(["arm", "tried", "chosen", *(MEASURED[name] for name in measured), "runs"], lines)
 
 
 def _tuned(rows: Sequence[Row], spec: Mapping[str, Any]) -> list[Row]:

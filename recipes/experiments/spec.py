@@ -4,6 +4,7 @@
     seeds: [0, 1, 2, 3, 4]
     tuning_seeds: [100]                   # of the runs that choose among a grid; no test image is looked at
     reference: SGD                        # the arm that the others are compared with; the first one by default
+    against: [L2-SP]                      # arms that they are compared with as well
     common: {epochs: 30, data: {...}, network: {...}}       # options of all arms
     arms:
       SGD: {method: sgd, grid: {lr: [0.05, 0.1, 0.2], weight_decay: [0.0005, 0.002]}}
@@ -33,7 +34,7 @@ import yaml
 
 # What an arm says of itself, not of its runs.
 OF_THE_ARM = ("grid", "tuned_as", "layout", "seeds", "watch")
-FIELDS = ("name", "seeds", "tuning_seeds", "reference", "keep", "common", "arms")
+FIELDS = ("name", "seeds", "tuning_seeds", "reference", "against", "keep", "common", "arms")
 KEEPING = ("agreement", "agreement_recalibrated")
 
 
@@ -68,13 +69,15 @@ def load(path: str | Path) -> dict[str, Any]:
     for name in spec:
         if name not in FIELDS:
             raise ValueError(f"{file.name}: unknown field {name!r}; choose from {', '.join(FIELDS)}")
-    spec = {"tuning_seeds": [], "common": {}, "keep": None, **spec}
+    spec = {"tuning_seeds": [], "common": {}, "keep": None, "against": [], **spec}
     for name in ("name", "seeds", "arms"):
         if not spec.get(name):
             raise ValueError(f"{file.name}: {name} is missing")
     spec.setdefault("reference", next(iter(spec["arms"])))
-    if spec["reference"] not in spec["arms"]:
-        raise ValueError(f"{file.name}: reference: there is no arm {spec['reference']!r}")
+    for name in ("reference", "against"):
+        for arm in [spec[name]] if name == "reference" else spec[name]:
+            if arm not in spec["arms"]:
+                raise ValueError(f"{file.name}: {name}: there is no arm {arm!r}")
     if spec["keep"] is not None and spec["keep"] not in KEEPING:
         raise ValueError(f"{file.name}: keep: {spec['keep']!r} is not one of {', '.join(map(repr, KEEPING))}")
     for arm, options in spec["arms"].items():

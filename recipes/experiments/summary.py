@@ -98,21 +98,25 @@ def tuned(rows: Sequence[Row], spec: Mapping[str, Any]) -> list[Row]:
     """What arms with a grid chose.
 
     Returns:
-        ``arm``, ``grid`` and the number of ``runs`` that there are; and once it is decided ``chosen``, ``val_error`` (mean
-        of the chosen point) and ``edges``, the options whose choice is the first or last of three values or more.
+        ``arm``, ``grid``, the number of ``runs`` that there are; and once it is decided ``chosen``, its mean ``val_error``
+        (with the experiment's ``keep``, its mean of that too), and ``edges``, the options whose choice is the first or last
+        of three values or more.
     """
     table = []
-    errors = {row["key"]: row["val_error"] for row in rows if row["stage"] == "tune"}
+    found = {row["key"]: row for row in rows if row["stage"] == "tune"}
     for arm, options in spec["arms"].items():
         grid = options.get("grid")
         if not grid:
             continue
-        runs = [run for run in tuning_runs(spec, arm) if run.key in errors]
+        runs = [run for run in tuning_runs(spec, arm) if run.key in found]
         row: Row = {"arm": arm, "grid": grid, "runs": len(runs)}
         chosen = choose(spec, arm, rows)
         if chosen is not None:
-            here = [errors[run.key] for run in runs if all(_at(run.config, n) == v for n, v in chosen.items())]
-            row["chosen"], row["val_error"] = chosen, fmean(here)
+            here = [found[run.key] for run in runs if all(_at(run.config, n) == v for n, v in chosen.items())]
+            row["chosen"] = chosen
+            for name in ("val_error", spec.get("keep")):
+                if name:
+                    row[name] = fmean(run[name] for run in here)
             row["edges"] = [n for n, v in chosen.items() if len(grid[n]) > 2 and v in (grid[n][0], grid[n][-1])]
         table.append(row)
     return table

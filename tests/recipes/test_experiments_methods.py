@@ -82,6 +82,19 @@ def test_with_kernels_that_are_not_decayed_the_norms_the_biases_and_the_head_are
         sgd(net, lr=0.1, layer_decay=0.5, decay_kernels=False)
 
 
+def test_with_the_head_alone_nothing_else_is_trained():
+    net = network()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = sgd(net, lr=0.1, weight_decay=0.5, head_alone=True)
+    gradients(net)
+    optimizer.step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"fc.weight", "fc.bias"}
+    for more in ({"layer_decay": 0.5}, {"decay_kernels": False}):
+        with pytest.raises(ValueError, match="head_alone: true goes with no layer_decay and no decay_kernels: false"):
+            sgd(net, lr=0.1, head_alone=True, **more)
+
+
 def test_weight_norm_computes_the_same_and_steps_direction_and_length_apart():
     net, images = network(), torch.randn(4, 1, 16, 16)
     net.eval()

@@ -40,6 +40,8 @@ KEYS = {
     for run in final_runs(SPEC, arm, [{"key": key, "val_error": error} for key, error in TUNED.items()])
 }
 
+KEPT = "| arm | test error, % | agreement, % | agreement, norms recalibrated, % |\n| --- | --- | --- | --- |"
+
 
 def row(stage, arm, seed, error, **more):
     numbers = {"val_error": error, "test_error": error if stage == "final" else "", "train_loss": 0.1, "seconds": 9}
@@ -182,6 +184,41 @@ def test_the_choice_of_a_grid_is_told_with_its_edge(folder):
     assert row["val_error"] == 1
     assert row["edges"] == ["lr"]
     assert "lr 0.4 (an end of its grid)" in (write(folder, SPEC)[0]).read_text()
+
+
+def test_what_is_kept_is_compared_by_seed_with_the_reference_and_with_what_else_is_asked_for(tmp_path):
+    spec = {**SPEC, "against": ["Sp"]}
+    tune = [row("tune", "SGD", 100, error, key=key) for key, error in TUNED.items()]
+    kept = {"SGD": (20, 22, 27), "Sp": (50, 51, 58)}
+    write_rows(
+        tmp_path,
+        tune
+        + [
+            row("final", arm, seed, ERRORS[arm][seed], agreement=value, agreement_recalibrated=2 * value)
+            for arm, values in kept.items()
+            for seed, value in enumerate(values)
+        ],
+    )
+    report = write(tmp_path, spec)[0].read_text()
+    # Student's t by scipy's own function: differences 30, 29 and 31, of errors -1, -0.2, -0.9.
+    expected = []
+    for differences in ([-1.0, -0.2, -0.9], [30, 29, 31], [60, 58, 62]):
+        low, high = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
+        expected.append(f"{np.mean(differences):+.2f}, {low:+.2f} to {high:+.2f}")
+    assert f"Differences to SGD, 95 % intervals:\n\n{KEPT}\n| Sp | {' | '.join(expected)} |" in report
+    assert f"Differences to Sp, 95 % intervals:\n\n{KEPT}\n| SGD | +0.70" in report
+
+
+def test_the_choice_for_both_is_told_with_both(tmp_path):
+    spec = {**SPEC, "common": {"epochs": 2, "data": {"validation": 100}}, "keep": "agreement"}
+    runs = tuning_runs(spec, "SGD")
+    numbers = zip(runs, (12, 13, 30), (9, 40, 80), strict=True)
+    write_rows(tmp_path, [row("tune", "SGD", 100, e, key=run.key, agreement=kept) for run, e, kept in numbers])
+    told = tuning_table(read(tmp_path), spec)
+    assert told.startswith(
+        "Chosen: of the points within one standard error of the least validation error, the one with"
+    )
+    assert told.endswith("| SGD | lr 0.1, 0.2, 0.4 | lr 0.2 | 13.00 | 40.00 | 3 |")
 
 
 def test_an_experiment_that_is_not_finished_has_a_report_that_says_so(folder):

@@ -223,3 +223,10 @@ def test_fine_tuning_measures_what_is_forgotten(tmp_path):
     assert still["agreement"] == 100
     assert still["divergence"] == pytest.approx(0, abs=1e-6)
     assert still["drift"] == pytest.approx(0, abs=1e-6)
+    # Runs that choose among a grid measure it too, and see no test image.
+    alone = {**config, "method": "sgd", "head_alone": True, "frozen_norms": True, "lr": 0.1}
+    numbers = train(alone, 100, test=False, root="").numbers
+    assert "test_error" not in numbers
+    assert numbers["agreement"] == 100
+    assert numbers["drift_task"] == pytest.approx(0, abs=1e-6)
+    assert numbers["val_error"] < 70

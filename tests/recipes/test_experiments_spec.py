@@ -48,6 +48,29 @@ def test_the_point_with_the_least_mean_validation_error_is_what_final_runs_use(t
     assert final[0].config == {"epochs": 3, "data": {"source": "digits", "size": 8}, "method": "sgd", "lr": 0.2}
 
 
+def test_with_keep_the_point_that_forgets_least_within_a_standard_error_is_what_final_runs_use(tmp_path):
+    spec = {**loaded(tmp_path), "keep": "agreement", "tuning_seeds": [100]}
+    spec["common"] = {**spec["common"], "data": {"source": "digits", "validation": 400}}
+    runs = list(tuning_runs(spec, "SGD"))
+
+    def chosen(errors, agreements):
+        found = rows(runs, errors)
+        return choose(
+            spec, "SGD", [row | {"agreement": str(kept)} for row, kept in zip(found, agreements, strict=True)]
+        )
+
+    # √(0.2 * 0.8 / 400) = 2 %, so 22 % is as good as 20 % and 22.1 % is not.
+    assert chosen([20, 21, 22, 22.1], [1, 5, 7, 9]) == {"lr": 0.2, "data.size": 8}
+    assert chosen([20, 22.1, 23, 24], [1, 5, 7, 9]) == {"lr": 0.1, "data.size": 8}
+    assert chosen([20, "nan", 21.9, 20], [1, "", 3, 2]) == {"lr": 0.2, "data.size": 8}
+    with pytest.raises(ValueError, match="keep: 'agreement' was not measured in the runs of 'SGD'"):
+        chosen([20, 21, 22, 23], [""] * 4)
+    # Of two seeds there are twice as many images: √(0.2 * 0.8 / 800) = 1.41 %.
+    spec["tuning_seeds"] = [100, 101]
+    runs = list(tuning_runs(spec, "SGD"))
+    assert chosen([20, 21.4, 21.5, 30] * 2, [1, 5, 7, 9] * 2) == {"lr": 0.1, "data.size": 16}
+
+
 def test_a_point_that_diverged_is_not_chosen_and_an_arm_that_always_did_is_an_error(tmp_path):
     spec = loaded(tmp_path)
     runs = list(tuning_runs(spec, "Stiefel"))
@@ -91,7 +114,9 @@ def test_keys_are_of_what_is_run_and_no_more(tmp_path):
     [
         ({"budget": 3}, "unknown field 'budget'"),
         ({"seeds": []}, "seeds is missing"),
-        ({"reference": "Adam"}, "there is no arm 'Adam'"),
+        ({"reference": "Adam"}, "reference: there is no arm 'Adam'"),
+        ({"against": ["Sphere", "Adam"]}, "against: there is no arm 'Adam'"),
+        ({"keep": "drift"}, "keep: 'drift' is not one of 'agreement', 'agreement_recalibrated'"),
         ({"tuning_seeds": []}, "tuning_seeds is missing, and 'SGD' has a grid"),
         ({"tuning_seeds": [1]}, "share a seed"),
         ({"arms": {"A": {"method": "sgd", "tuned_as": "B"}}}, "'A' is tuned_as 'B', which is no arm with a grid"),
