@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fgsgd import scaling
 from lightning_fgsgd._lightning import (
@@ -39,7 +40,10 @@ class FeatureStdRescaling(Callback):
     Several processes share what they read after every batch that is read, so λ, and a checkpoint at any moment, has all.
 
     Batch norm's running statistics belong to the weights before a rescale, and follow within a few steps of training; to
-    evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``.
+    evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``. Where all batch norms are frozen
+    (in evaluation mode while training, or of a class such as timm's ``FrozenBatchNormAct2d``) they would not follow, and a
+    pretrained network would compute something else after every rescale: weights that started with ``"preserve"`` then keep
+    their R, and that is said once.
 
     Args:
         gamma: reading of b̂ in Eq. 2, ``"xavier"`` or ``"literal"``; see :func:`~lightning_fgsgd.scaling.gamma`.
@@ -126,7 +130,7 @@ class FeatureStdRescaling(Callback):
         # Not when the epoch starts: other callbacks freeze, load and average weights there, before us or after us. The epoch
         # that StochasticWeightAveraging adds takes no step; its average is not what R was gathered for.
         if self._last and not getattr(trainer.fit_loop, "_skip_backward", False):
-            self._rescale(trainer)
+            self._rescale(trainer, pl_module)
         self._epoch, self._open = trainer.current_epoch, True
         self._reads = batch_idx % self.every_n_batches == 0
         if self._reads:
@@ -264,13 +268,20 @@ class FeatureStdRescaling(Callback):
 
     # Rescaling ------------------------------------------------------------------------------------------------------
 
-    def _rescale(self, trainer: Trainer) -> None:
-        clamped = 0
+    def _rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        clamped, held = 0, _norms_are_frozen(pl_module)
         for optimizer in (o for o in trainer.optimizers if isinstance(o, FGSGD)):
             for param, pom in optimizer.poms.items():
                 name = _layer(pom)
                 std = self._last.pop(name, None)
                 if std is None or not param.requires_grad:  # frozen weights stay as they are
+                    continue
+                if held and pom.start == "preserve":
+                    self._say(
+                        "frozen norms",
+                        "all batch norms are frozen and could not follow a rescale; R of weights that started with "
+                        "'preserve' stays as it is",
+                    )
                     continue
                 reads = pom.reads()
                 std = std.to(pom.radius)[reads]
@@ -316,6 +327,16 @@ class FeatureStdRescaling(Callback):
         self._feature_map = dict(state_dict["feature_map"])
         self.history = list(state_dict["history"])
         self._metrics.clear()
+
+
+def _norms_are_frozen(module: LightningModule) -> bool:
+    """Whether there are norms that keep running statistics, and none of them takes them from the batch."""
+    frozen = [
+        "FrozenBatchNorm" in type(m).__name__ or not m.training
+        for m in module.modules()
+        if (isinstance(m, _BatchNorm) and m.track_running_stats) or "FrozenBatchNorm" in type(m).__name__
+    ]
+    return bool(frozen) and all(frozen)
 
 
 def _poms(optimizer: Any) -> Mapping[Tensor, POM]:

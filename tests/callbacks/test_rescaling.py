@@ -88,6 +88,48 @@ def test_preserved_manifolds_are_rescaled_by_the_ratio_of_lambdas(tmp_path):
     torch.testing.assert_close(module.model.conv.weight.detach(), before / 2)
 
 
+class FrozenNorms(LitTiny):
+    """Its batch norms keep their running statistics while training, but for those of the names in ``live``."""
+
+    def __init__(self, live=(), frozen_class=False):
+        super().__init__(lr=0.05)
+        self.live = live
+        self.model.up = nn.Sequential(self.model.up, nn.BatchNorm2d(4))
+        if frozen_class:
+            self.model.up[1] = timm.layers.freeze_batch_norm_2d(self.model.up[1])
+            self.model.norm = timm.layers.freeze_batch_norm_2d(self.model.norm)
+
+    def on_train_epoch_start(self):
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.BatchNorm2d) and name not in self.live:
+                layer.eval()
+
+
+@pytest.mark.parametrize("frozen_class", [False, True])
+def test_with_frozen_norms_preserved_manifolds_keep_their_radius_and_that_is_said_once(tmp_path, frozen_class):
+    rescaling = FeatureStdRescaling(every_n_batches=1)
+    fit = trainer(tmp_path, POMGrouping(start="preserve"), rescaling, max_epochs=3)
+    with pytest.warns(UserWarning, match="all batch norms are frozen .* stays as it is") as record:
+        fit.fit(FrozenNorms(frozen_class=frozen_class), loader())
+    assert sum("batch norms are frozen" in str(w.message) for w in record) == 1
+    poms = fit.optimizers[0].poms
+    assert len(poms) > 5
+    assert all(torch.equal(pom.radius, torch.ones_like(pom.radius)) for pom in poms.values())
+    assert len(rescaling.history) == 3  # λ is gathered all the same
+
+
+@pytest.mark.parametrize(
+    ("start", "live"), [("preserve", ["model.norm"]), ("preserve", ["model.norm", "model.up.1"]), ("project", [])]
+)
+def test_with_a_norm_that_follows_or_another_start_manifolds_are_rescaled(tmp_path, recwarn, start, live):
+    fit = trainer(tmp_path, POMGrouping(start=start), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    module = FrozenNorms(live)
+    fit.fit(module, loader())
+    radius = fit.optimizers[0].pom(module.model.linear.weight).radius
+    assert (radius != 1).all()
+    assert not any("batch norms are frozen" in str(w.message) for w in recwarn)
+
+
 def test_a_channel_that_is_dead_at_first_has_its_first_lambda_from_when_it_lives(tmp_path):
     class Waking(Callback):
         """Channel 0 is 0 in the first epoch; from the third on all channels are twice as loud."""
