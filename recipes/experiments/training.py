@@ -33,7 +33,7 @@ GROUPING = (
     "no_weight_decay",
 )  # fmt: skip
 RESCALING = ("gamma", "clamp", "limit", "every_n_batches")
-MODULE = ("warmup", "power", "euclidean_lr", "frozen_norms")
+MODULE = ("warmup", "power", "euclidean_lr", "frozen_norms", "pull")
 OPTIMIZER = ("lr", "momentum", "nesterov", "weight_decay", "rho", "metric")
 
 # Mean and deviation of Fashion-MNIST's pixels, for networks that were not trained on anything else.
@@ -63,6 +63,8 @@ class Classifier(FGSGDMixin, LightningModule):
             as the rate itself.
         euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another.
         frozen_norms: batch norm keeps its running statistics while training.
+        pull: strength of a pull of all parameters but the head's towards where they started: L2-SP's penalty
+            pull/2 · ‖w − w⁰‖² in the loss, for any method.
     """
 
     mean: Tensor
@@ -78,6 +80,7 @@ class Classifier(FGSGDMixin, LightningModule):
         power: float = 1.0,
         euclidean_lr: float | None = None,
         frozen_norms: bool = False,
+        pull: float = 0.0,
     ) -> None:
         super().__init__()
         self.net = net
@@ -87,6 +90,8 @@ class Classifier(FGSGDMixin, LightningModule):
         self.power = power
         self.euclidean_lr = euclidean_lr
         self.frozen_norms = frozen_norms
+        self.pull = pull
+        self.starts: list[tuple[Tensor, Tensor]] = []
         self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1))
         if method == "fgsgd":
@@ -103,6 +108,15 @@ class Classifier(FGSGDMixin, LightningModule):
         """Logits."""
         logits: Tensor = self.net(self.normalize(images))
         return logits
+
+    def on_fit_start(self) -> None:  # noqa: D102
+        head = set(self.net.get_classifier().parameters()) if self.pull else set()  # type: ignore[operator]
+        self.starts = [(p, p.detach().clone()) for p in self.net.parameters() if self.pull and p not in head]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
+        for p, start in self.starts:
+            if p.grad is not None:
+                p.grad.add_(p.detach() - start, alpha=self.pull)
 
     def on_train_epoch_start(self) -> None:  # noqa: D102
         self.losses.clear()
