@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pytorch_lightning import seed_everything
 
 from recipes.experiments import training
 from recipes.experiments.__main__ import main
+from recipes.experiments.networks import build
 from recipes.experiments.runner import COLUMNS, keep, pending
 from recipes.experiments.spec import Run, load
 from recipes.experiments.training import Outcome, provenance, train
@@ -194,6 +196,29 @@ def test_frozen_norms_keep_the_statistics_that_they_had(watched, frozen):
     train({**SMALL, "method": "sgd", "lr": 0.1, "frozen_norms": frozen}, 0, test=False, root="")
     assert len(kept) == 2
     assert all(bool(mean.any()) != frozen for mean in kept)
+
+
+def test_a_pull_makes_plain_sgd_l2sp_and_acts_under_fgsgd(watched):
+    found = []
+    watched(after_epoch=lambda module: found.append([p.detach().clone() for p in module.net.parameters()]))
+    config = {**SMALL, "epochs": 1, "momentum": 0.9, "lr": 0.05}
+    for method in ({"method": "sgd", "pull": 0.5}, {"method": "l2sp", "alpha": 0.5}, {"method": "sgd"}):
+        train({**config, **method}, 0, test=False, root="")
+    pulled, l2sp, plain = found
+    for one, other in zip(pulled, l2sp, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(pulled[0], plain[0], atol=1e-4)
+    found.clear()
+    for pull in (0.0, 5.0):
+        train({**config, "method": "fgsgd", "rescale": False, "pull": pull}, 0, test=False, root="")
+    start = train_start(SMALL)
+    free, pulled = (sum(float((p - s).norm() ** 2) for p, s in zip(ps[:-2], start, strict=False)) for ps in found)
+    assert pulled < 0.7 * free
+
+
+def train_start(config):
+    seed_everything(0, verbose=False)
+    return [p.detach().clone() for p in build(10, **config["network"]).parameters()]
 
 
 def test_where_a_row_comes_from_is_the_commit_of_the_checkout():
