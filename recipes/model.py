@@ -33,6 +33,8 @@ class LitClassifier(FGSGDMixin, LightningModule):
         label_smoothing: of the cross entropy, in [0, 1).
         bn_momentum: momentum of the running statistics of batch norm, if not the model's own; 0.1 suits short
             runs of models from TensorFlow, which have 0.01.
+        freeze_norms: batch norm keeps its running statistics while training. With few images this keeps much more of what
+            the pretrained network knew (docs/experiments.md); learning rates have to be smaller, 0.003 for example.
         channels_last: memory layout, the faster one for most convolutional networks.
         model_args: further arguments of ``timm.create_model``.
     """
@@ -54,6 +56,7 @@ class LitClassifier(FGSGDMixin, LightningModule):
         metric: str = "start",
         label_smoothing: float = 0.0,
         bn_momentum: float | None = None,
+        freeze_norms: bool = False,
         channels_last: bool = True,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -82,6 +85,12 @@ class LitClassifier(FGSGDMixin, LightningModule):
         """Logits (N, num_classes) of images (N, 3, H, W) in [0, 1]."""
         logits: Tensor = self.model(self.normalize(images))
         return logits
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the batch norms in evaluation mode, where they are to be frozen."""
+        if self.hparams["freeze_norms"]:
+            for norm in (m for m in self.model.modules() if isinstance(m, _BatchNorm)):
+                norm.eval()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy of a batch."""

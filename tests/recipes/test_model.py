@@ -141,3 +141,15 @@ def test_images_are_normalised_as_the_model_was_trained():
     module = LitClassifier(model="resnet18", pretrained=False)
     image = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     torch.testing.assert_close(module.normalize(image), torch.zeros(1, 3, 4, 4), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_frozen_norms_keep_their_statistics_over_epochs_with_validation(tmp_path, freeze):
+    module = LitClassifier("resnet10t", pretrained=False, lr=0.001, freeze_norms=freeze)
+    images = DataLoader(TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8)), batch_size=4)
+    fit = trainer(tmp_path, POMGrouping(), FeatureStdRescaling(every_n_batches=1), max_epochs=3, val_check_interval=1)
+    fit.fit(module, images, images)
+    assert bool(module.model.bn1.running_mean.any()) != freeze
+    assert int(module.model.bn1.num_batches_tracked) == (0 if freeze else 6)
+    radius = fit.optimizers[0].pom(module.model.layer1[0].conv1.weight).radius
+    assert bool((radius == 1).all()) == freeze
