@@ -26,6 +26,7 @@ def sgd(
     weight_decay: float = 0.0,
     layer_decay: float | None = None,
     decay_kernels: bool = True,
+    decay: str = "all",
     head_alone: bool = False,
 ) -> Optimizer:
     """torch's SGD; with ``layer_decay``, timm's rates that fall from the head to the input.
@@ -35,9 +36,20 @@ def sgd(
         lr, momentum, nesterov, weight_decay: of ``torch.optim.SGD``.
         layer_decay: factor from each layer to the one before it.
         decay_kernels: whether weight decay acts on the kernels and matrices of all layers but the head.
+        decay: ``"all"``, or ``"head"``: weight decay acts on the classifier alone.
         head_alone: train the classifier on the features as they are.
     """
+    if decay not in ("all", "head"):
+        raise ValueError(f"decay: unknown choice {decay!r}; choose from 'all', 'head'")
     groups: Any = net.parameters()
+    if decay == "head":
+        if layer_decay is not None or not decay_kernels or head_alone:
+            raise ValueError("decay: head goes with no layer_decay, decay_kernels or head_alone; it has one rule")
+        head = set(_head(net).parameters())
+        groups = [
+            {"params": list(head)},
+            {"params": [p for p in net.parameters() if p not in head], "weight_decay": 0.0},
+        ]
     if head_alone:
         if layer_decay is not None or not decay_kernels:
             raise ValueError(
