@@ -82,6 +82,24 @@ def test_with_kernels_that_are_not_decayed_the_norms_the_biases_and_the_head_are
         sgd(net, lr=0.1, layer_decay=0.5, decay_kernels=False)
 
 
+def test_with_a_head_that_is_decayed_alone_the_rest_is_stepped_without_decay():
+    net, other = network(), network()
+    optimizer = sgd(net, lr=0.1, weight_decay=0.5, decay="head")
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    gradients(net)
+    gradients(other)
+    for p in other.fc.parameters():
+        p.grad += 0.5 * p.detach()
+    optimizer.step()
+    plain.step()
+    for ours, expected in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
+    with pytest.raises(ValueError, match="decay: unknown choice 'tail'; choose from 'all', 'head'"):
+        sgd(net, lr=0.1, decay="tail")
+    with pytest.raises(ValueError, match="decay: head goes with no layer_decay, decay_kernels or head_alone"):
+        sgd(net, lr=0.1, decay="head", layer_decay=0.5)
+
+
 def test_with_the_head_alone_nothing_else_is_trained():
     net = network()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
