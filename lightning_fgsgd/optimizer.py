@@ -130,8 +130,8 @@ class FGSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters as ``torch.optim.SGD`` does; weights that the plan knows are put onto their manifolds.
 
-        A group with an ``"lr_factor"`` (of ``pom_param_groups(layer_decay=...)``) and no ``"lr"`` has that many times the
-        optimizer's learning rate.
+        A group with an ``"lr_factor"`` (``layer_decay`` and ``euclidean_lr_factor`` of ``pom_param_groups``) and no ``"lr"``
+        has that many times the optimizer's learning rate.
         """
         if "lr_factor" in param_group and "lr" not in param_group:
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ def pom_param_groups(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     normalized: bool = False,
     layer_decay: float | None = None,
+    euclidean_lr_factor: float | None = None,
     no_weight_decay: bool | Sequence[str] = False,
     seed: int = 0,
 ) -> POMParamGroups:
@@ -110,6 +112,8 @@ def pom_param_groups(
             the constraint then has no effect on what the layer computes, but for the size of its steps.
         layer_decay: multiply the learning rate by this factor for each layer from the output to the input, as numbered by
             timm's ``group_matcher``; as ``timm.optim.param_groups_layer_decay``.
+        euclidean_lr_factor: multiply the learning rate of what stays Euclidean by this. With a large ρ the learning rate of
+            the constrained weights is that of an angle, while the rest still needs SGD's.
         no_weight_decay: parameters whose ``weight_decay`` is 0: true for biases, norms, gains and all that the timm model's
             ``no_weight_decay()`` names; or patterns. Weight decay never acts on constrained components.
         seed: of the index sets and of ``"random"``. Each layer draws from the seed and its own name, so that leaving
@@ -145,7 +149,7 @@ def pom_param_groups(
             "Linear layers and convolutions can be constrained; exclude=() includes the classifier head, "
             "normalized=True the weights that their layers standardise."
         )
-    return POMParamGroups(_parameter_groups(model, plan, layer_decay, no_weight_decay), plan)
+    return POMParamGroups(_parameter_groups(model, plan, layer_decay, euclidean_lr_factor, no_weight_decay), plan)
 
 
 def draw_plan(
@@ -275,21 +279,27 @@ def _is_adapter(name: str, model: nn.Module) -> bool:
 
 
 def _parameter_groups(
-    model: nn.Module, plan: POMPlan, layer_decay: float | None, no_weight_decay: bool | Sequence[str]
+    model: nn.Module,
+    plan: POMPlan,
+    layer_decay: float | None,
+    euclidean_lr_factor: float | None,
+    no_weight_decay: bool | Sequence[str],
 ) -> list[dict[str, Any]]:
     """The trainable parameters, split by what their groups must say of them."""
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay: {layer_decay!r} is not in (0, 1]")
+    if euclidean_lr_factor is not None and not 0 < euclidean_lr_factor < math.inf:
+        raise ValueError(f"euclidean_lr_factor: {euclidean_lr_factor!r} is not a positive number")
     factors = {} if layer_decay is None else layer_decay_factors(model, layer_decay)
     free = _free_of_weight_decay(model, plan, no_weight_decay)
     found: dict[tuple[str, bool, float], list[Tensor]] = {}
     trainable = [p for p in plan.names if p.requires_grad]
-    for kind, params in (
-        ("pom", [p for p in trainable if p in plan.weights]),
-        ("euclidean", [p for p in trainable if p not in plan.weights]),
+    for kind, own, params in (
+        ("pom", 1.0, [p for p in trainable if p in plan.weights]),
+        ("euclidean", euclidean_lr_factor or 1.0, [p for p in trainable if p not in plan.weights]),
     ):
         for p in params:
-            found.setdefault((kind, p in free, factors.get(p, 1.0)), []).append(p)
+            found.setdefault((kind, p in free, own * factors.get(p, 1.0)), []).append(p)
     groups = []
     for (kind, is_free, factor), params in found.items():
         group: dict[str, Any] = {"params": params, "name": kind}

@@ -69,6 +69,8 @@ def test_a_timm_model_inside_a_module_is_found():
         ({"overrides": {"layer1.*": "project"}}, r"overrides: 'layer1.\*' has 'project'; give a mapping"),
         ({"overrides": {"layer1.*": {"start": "keep"}}}, r"overrides: 'layer1.\*': start: unknown start 'keep'"),
         ({"layer_decay": 1.5}, r"layer_decay: 1.5 is not in \(0, 1\]"),
+        ({"euclidean_lr_factor": 0.0}, "euclidean_lr_factor: 0.0 is not a positive number"),
+        ({"euclidean_lr_factor": float("inf")}, "euclidean_lr_factor: inf is not a positive number"),
         ({"no_weight_decay": ["gain"]}, "no_weight_decay: the pattern 'gain' matches no parameter"),
     ],
     ids=lambda x: "" if isinstance(x, str) else "-".join(x),
@@ -157,6 +159,22 @@ def test_layer_decay_gives_the_factors_that_timm_gives(vit):
     assert len({lr for lr, _ in mine.values()}) == 8  # stem, six blocks, head
 
 
+def test_what_stays_euclidean_has_its_factor_beside_that_of_its_layer(vit):
+    def rates(**settings):
+        groups = pom_param_groups(vit, no_weight_decay=True, **settings)
+        optimizer = FGSGD(groups, lr=0.5)
+        return groups.plan, {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+    plan, alone = rates(euclidean_lr_factor=0.25)
+    assert len(plan.weights) > 20
+    assert len(alone) > 2 * len(plan.weights)
+    assert all(lr == (0.5 if p in plan.weights else 0.125) for p, lr in alone.items())
+    _, decayed = rates(layer_decay=0.7)
+    plan, both = rates(layer_decay=0.7, euclidean_lr_factor=3.0)
+    for p, lr in both.items():
+        assert lr == pytest.approx(decayed[p] * (1 if p in plan.weights else 3))
+
+
 @pytest.mark.parametrize("kind", ["torch", "timm"])
 def test_schedules_keep_the_ratios_of_layer_decay(vit, kind):
     optimizer = FGSGD(pom_param_groups(vit, layer_decay=0.7), lr=0.5)
@@ -179,10 +197,13 @@ def test_no_weight_decay_takes_patterns_too(vit):
     assert free == {name for name, _ in vit.named_parameters() if name.endswith(".bias") or name == "pos_embed"}
 
 
-def test_layer_decay_needs_groups_that_the_mixin_makes(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer_decay", 0.5), ("euclidean_lr_factor", 0.1), ("no_weight_decay", True)]
+)
+def test_what_splits_groups_needs_groups_that_the_mixin_makes(tmp_path, name, value):
     class Own(LitBase):
         def configure_optimizers(self):
             return FGSGD(self.parameters(), lr=0.1)
 
-    with pytest.raises(Exception, match="POMGrouping: no_weight_decay splits parameter groups"):
-        trainer(tmp_path, POMGrouping(no_weight_decay=True)).fit(Own(), loader())
+    with pytest.raises(Exception, match=f"POMGrouping: {name} splits parameter groups, .*{name}={value}"):
+        trainer(tmp_path, POMGrouping(**{name: value})).fit(Own(), loader())

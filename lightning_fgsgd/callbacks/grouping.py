@@ -29,8 +29,8 @@ class POMGrouping(Callback):
     Raises:
         ValueError: a wrong argument; those that depend on the model when fitting starts.
         MisconfigurationException: there is no FGSGD to constrain, or it is constrained already by
-            ``pom_param_groups`` with settings that this callback cannot know; or ``layer_decay`` or ``no_weight_decay`` is
-            asked for where the module makes its parameter groups itself.
+            ``pom_param_groups`` with settings that this callback cannot know; or ``layer_decay``, ``euclidean_lr_factor`` or
+            ``no_weight_decay`` is asked for where the module makes its parameter groups itself.
 
     Example::
 
@@ -50,6 +50,7 @@ class POMGrouping(Callback):
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         normalized: bool = False,
         layer_decay: float | None = None,
+        euclidean_lr_factor: float | None = None,
         no_weight_decay: bool | Sequence[str] = False,
         seed: int = 0,
         verbose: bool = False,
@@ -72,6 +73,7 @@ class POMGrouping(Callback):
             "overrides": overrides,
             "normalized": normalized,
             "layer_decay": layer_decay,
+            "euclidean_lr_factor": euclidean_lr_factor,
             "no_weight_decay": no_weight_decay,
             "seed": seed,
         }
@@ -108,7 +110,7 @@ class POMGrouping(Callback):
                 "POMGrouping: configure_optimizers has grouped the weights already, with pom_param_groups; "
                 "leave out one of the two"
             )
-        for name in ("layer_decay", "no_weight_decay"):
+        for name in ("layer_decay", "euclidean_lr_factor", "no_weight_decay"):
             if self.settings[name]:
                 raise MisconfigurationException(
                     f"POMGrouping: {name} splits parameter groups, and configure_optimizers made its own; inherit from "
