@@ -45,7 +45,7 @@ def sgd(
     if decay == "head":
         if layer_decay is not None or not decay_kernels or head_alone:
             raise ValueError("decay: head goes with no layer_decay, decay_kernels or head_alone; it has one rule")
-        head = set(_head(net).parameters())
+        head = set(head_of(net).parameters())
         groups = [
             {"params": list(head)},
             {"params": [p for p in net.parameters() if p not in head], "weight_decay": 0.0},
@@ -56,7 +56,7 @@ def sgd(
                 "head_alone: true goes with no layer_decay and no decay_kernels: false; there is one layer"
             )
         net.requires_grad_(False)
-        groups = list(_head(net).requires_grad_(True).parameters())
+        groups = list(head_of(net).requires_grad_(True).parameters())
     if not decay_kernels:
         if layer_decay is not None:
             raise ValueError("decay_kernels: false goes with no layer_decay")
@@ -102,7 +102,7 @@ def l2sp(
     net: nn.Module, lr: float, alpha: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Optimizer:
     """SGD with a pull of strength ``alpha`` towards the pretrained weights; ``weight_decay`` is of the new head alone."""
-    head = set(_head(net).parameters())
+    head = set(head_of(net).parameters())
     groups = [
         {"params": [p for p in net.parameters() if p not in head], "weight_decay": 0.0},
         {"params": list(head), "weight_decay": weight_decay},
@@ -184,10 +184,11 @@ BASELINES: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def _head(net: nn.Module) -> nn.Module:
+def head_of(net: nn.Module) -> nn.Module:
+    """The classifier of a timm model."""
     return net.get_classifier()  # type: ignore[operator]
 
 
 def _constrainable(net: nn.Module) -> list[Any]:
-    head = set(_head(net).modules())
+    head = set(head_of(net).modules())
     return [m for m in net.modules() if isinstance(m, CONSTRAINABLE) and m not in head]

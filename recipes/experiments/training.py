@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_fgsgd import FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping
 from recipes.experiments.data import Task
 from recipes.experiments.forgetting import Forgetting, photographs
-from recipes.experiments.methods import BASELINES
+from recipes.experiments.methods import BASELINES, head_of
 from recipes.experiments.networks import build
 
 PACKAGES = ("lightning-fgsgd", "torch", "timm", "pytorch-lightning")
@@ -110,7 +110,7 @@ class Classifier(FGSGDMixin, LightningModule):
         return logits
 
     def on_fit_start(self) -> None:  # noqa: D102
-        head = set(self.net.get_classifier().parameters()) if self.pull else set()  # type: ignore[operator]
+        head = set(head_of(self.net).parameters()) if self.pull else set()
         self.starts = [(p, p.detach().clone()) for p in self.net.parameters() if self.pull and p not in head]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
