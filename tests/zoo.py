@@ -4,28 +4,40 @@ They are cut down, in image size, depth or width, so that a step of training tak
 that batch norm sees one pixel of each, where gradients explode.
 """
 
+import sys
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 from unittest import mock
 
 import timm
+from timm.models._efficientnet_builder import round_channels
+from timm.models.mvitv2 import MultiScaleVitCfg
 from torch import nn
 
 
 class Entry(NamedTuple):
-    """An architecture, the side of its square images, what ``timm.create_model`` is given, and a divisor of its widths.
+    """An architecture, the side of its square images, and how it is made small.
 
-    The divisor is for those that timm has in one size only.
+    ``kwargs`` is what ``timm.create_model`` is given, ``own`` what takes the place of settings that the architecture makes
+    itself, and ``thin`` a divisor of its widths, for those that timm has in one size only.
     """
 
     name: str
     size: int
     kwargs: dict[str, Any]
     thin: int = 1
+    own: dict[str, Any] = {}  # noqa: RUF012  (never changed)
 
     def build(self) -> nn.Module:
         with ExitStack() as stack:
+            if self.own:
+                file = sys.modules[timm.model_entrypoint(self.name).__module__]
+                builds = file.build_model_with_cfg
+                stack.enter_context(
+                    mock.patch.object(file, "build_model_with_cfg", lambda *a, **kw: builds(*a, **{**kw, **self.own}))
+                )
             for layer, arguments in _WIDTHS.items() if self.thin > 1 else ():
                 stack.enter_context(
                     mock.patch.object(layer, "__init__", _thinner(layer.__init__, arguments, self.thin))
@@ -63,11 +75,11 @@ ZOO = [
     ),
     Entry("convit_tiny", 32, {"img_size": 32, "depth": 3, "local_up_to_layer": 2}),
     Entry("convmixer_768_32", 96, {}, thin=4),
-    Entry("cpubone_nano", 64, {}),
-    Entry("crossvit_tiny_240", 32, {}),
+    Entry("cpubone_nano", 64, {}, own={"width_list": (8, 16, 32, 48, 64)}),
+    Entry("crossvit_tiny_240", 32, {}, own={"embed_dim": (24, 48), "depth": ((1, 2, 0), (1, 2, 0))}),
     Entry("cs3darknet_focus_s", 64, {}),
     Entry("csatv2", 64, {"dims": (16, 32, 64, 96)}),
-    Entry("cspnext_tiny", 64, {}),
+    Entry("cspnext_tiny", 64, {}, thin=2),
     Entry("davit_tiny", 32, {"embed_dims": (24, 48, 96, 192)}),
     Entry("deepseek_vit_412m", 112, {"depth": 1, "embed_dim": 128, "num_heads": 2}),
     Entry("deit_tiny_distilled_patch16_224", 32, {"img_size": 32, "depth": 2}),
@@ -77,61 +89,61 @@ ZOO = [
     Entry("dpn48b", 32, {"k_sec": (1, 1, 1, 1)}),
     Entry("edgenext_xx_small", 32, {}),
     Entry("efficientformer_l1", 224, {"embed_dims": (24, 48, 64, 96)}),
-    Entry("efficientformerv2_s0", 32, {"img_size": 32, "depths": (1, 1, 3, 2)}),
-    Entry("efficientnet_cc_b0_4e", 64, {}),
+    Entry("efficientformerv2_s0", 32, {"img_size": 32, "depths": (1, 1, 3, 2)}, own={"embed_dims": (16, 32, 48, 64)}),
+    Entry("efficientnet_cc_b0_4e", 64, {}, own={"round_chs_fn": partial(round_channels, multiplier=0.25)}),
     Entry("efficientvim_m1", 96, {"embed_dim": (32, 48, 64)}),
     Entry("efficientvit_b0", 64, {}),
     Entry("efficientvit_m0", 64, {}),
     Entry("ese_vovnet19b_slim_dw", 64, {}),
     Entry("fasternet_t0", 32, {"embed_dim": 16}),
     Entry("fastvit_t8", 32, {}),
-    Entry("focalnet_tiny_srf", 32, {"mlp_ratio": 1.0}),
-    Entry("gcvit_xxtiny", 32, {"img_size": 32, "embed_dim": 32}),
+    Entry("focalnet_tiny_srf", 32, {}, own={"embed_dim": 24}),
+    Entry("gcvit_xxtiny", 32, {"img_size": 32, "embed_dim": 16}),
     Entry("gemma4_vit_167m", 96, {"depth": 1, "embed_dim": 128, "num_heads": 2}),
     Entry("ghostnet_050", 64, {}),
-    Entry("gmlp_ti16_224", 32, {"img_size": 32}),
+    Entry("gmlp_ti16_224", 32, {"img_size": 32}, own={"embed_dim": 64, "num_blocks": 6}),
     Entry("halonet26t", 64, {"output_stride": 8, "width_factor": 0.25}),
-    Entry("hardcorenas_b", 64, {}),
-    Entry("hgnetv2_b0", 64, {}),
+    Entry("hardcorenas_b", 64, {}, thin=4),
+    Entry("hgnetv2_b0", 64, {}, thin=4),
     Entry("hiera_tiny_224", 32, {"img_size": 32, "embed_dim": 24}),
     Entry("hrnet_w18_small", 64, {}, thin=2),
-    Entry("iformer_t", 64, {}),
+    Entry("iformer_t", 64, {}, own={"dims": (16, 32, 64, 96)}),
     Entry("inception_next_atto", 32, {"dims": (16, 32, 48, 64)}),
-    Entry("inception_resnet_v2", 128, {}, thin=4),
+    Entry("inception_resnet_v2", 128, {}, thin=8),
     Entry("inception_v3", 128, {}, thin=4),
-    Entry("inception_v4", 128, {}, thin=4),
+    Entry("inception_v4", 128, {}, thin=8),
     Entry("lambda_resnet26rpt_256", 64, {"img_size": 64, "width_factor": 0.25}),
     Entry("lambda_resnet26t", 64, {"width_factor": 0.25}),
     Entry("lcnetv2_small", 96, {"head_hidden_size": 64}),
     Entry("legacy_seresnet18", 64, {"layers": (1, 1, 1, 1)}, thin=4),
     Entry("legacy_xception", 32, {}, thin=4),
-    Entry("levit_128s", 32, {"img_size": 32, "depth": (1, 1, 1)}),
+    Entry("levit_128s", 32, {"img_size": 32, "depth": (1, 1, 1)}, own={"embed_dim": (32, 64, 96)}),
     Entry("lowformer_b0", 64, {"head_widths": (64, 64), "width_list": (8, 16, 32, 48, 64)}),
-    Entry("maxvit_rmlp_pico_rw_256", 64, {"img_size": 64}),
-    Entry("mixnet_s", 64, {}),
+    Entry("maxvit_rmlp_pico_rw_256", 64, {"img_size": 64, "embed_dim": (32, 64, 96, 128)}),
+    Entry("mixnet_s", 64, {}, own={"round_chs_fn": partial(round_channels, multiplier=0.5)}),
     Entry("mobilenetv3_small_050", 32, {}),
-    Entry("mobilenetv5_base", 64, {"channel_multiplier": 0.25, "num_features": 64}),
+    Entry("mobilenetv5_base", 64, {"channel_multiplier": 0.125, "num_features": 64}),
     Entry("mobilevit_xxs", 64, {}),
-    Entry("mvitv2_tiny", 32, {}),
+    Entry("mvitv2_tiny", 32, {}, own={"model_cfg": MultiScaleVitCfg(depths=(1, 1, 2, 1), embed_dim=(24, 48, 96, 192))}),
     Entry("naflexvit_base_patch16_gap", 32, {"depth": 2, "embed_dim": 64, "num_heads": 2}),
     Entry("nasnetalarge", 96, {"stem_size": 16, "num_features": 384}),
-    Entry("nest_tiny", 32, {"img_size": 32, "mlp_ratio": 1.0}),
-    Entry("nextvit_small", 64, {"depths": (1, 2, 5, 2)}),
+    Entry("nest_tiny", 32, {"img_size": 32}, own={"embed_dims": (24, 48, 96)}),
+    Entry("nextvit_small", 64, {"depths": (1, 1, 5, 1)}),  # its widths are fixed
     Entry("nf_resnet26", 32, {"channels": (32, 64, 96, 128)}),
     Entry("pit_ti_224", 32, {"img_size": 32, "depth": (1, 1, 1)}),
-    Entry("pnasnet5large", 96, {}, thin=2),
-    Entry("poolformerv2_s12", 32, {}),
+    Entry("pnasnet5large", 96, {}, thin=6),
+    Entry("poolformerv2_s12", 32, {}, own={"dims": (16, 32, 64, 96)}),
     Entry("pvt_v2_b0", 32, {"depths": (1, 1, 1, 1)}),
     Entry("qwen3_vit_88m", 64, {"depth": 1, "embed_dim": 128, "num_heads": 2}),
     Entry("rdnet_tiny", 32, {"num_init_features": 16, "growth_rates": (16, 16, 16, 16, 16, 16, 16)}),
     Entry("regnetx_002", 32, {}),
     Entry("repghostnet_050", 32, {}),
-    Entry("repvit_m1", 32, {}),
+    Entry("repvit_m1", 32, {}, own={"embed_dim": (24, 48, 96, 128)}),
     Entry("res2next50", 32, {"layers": (1, 1, 1, 1), "channels": (32, 64, 96, 128)}),
     Entry("resnest14d", 32, {"channels": (32, 64, 96, 128)}),
     Entry("resnet50_clip", 32, {"width_factor": 0.25, "img_size": 32}),
     Entry("resnetv2_18", 32, {"channels": (32, 64, 96, 128)}),
-    Entry("resnetv2_50x1_bit", 32, {"channels": (128, 256, 512, 1024), "stem_chs": 32}),
+    Entry("resnetv2_50x1_bit", 32, {"channels": (128, 256, 512, 1024), "stem_chs": 32}, own={"layers": (1, 1, 1, 1)}),
     Entry("rexnet_100", 32, {"width_mult": 0.25}),
     Entry("sam2_hiera_tiny", 32, {"embed_dim": 24}),
     Entry(
@@ -168,7 +180,7 @@ ZOO = [
     Entry("test_vit3", 32, {"img_size": 32}),
     Entry("test_vit4", 32, {}),
     Entry("test_vit_relpos", 32, {"img_size": 32}),
-    Entry("tf_efficientnet_lite0", 64, {}),
+    Entry("tf_efficientnet_lite0", 64, {}, thin=2),
     Entry("tiny_vit_5m_224", 32, {"embed_dims": (32, 64, 96, 128), "num_heads": (2, 4, 3, 4)}),
     Entry("tnt_s_legacy_patch16_224", 32, {"img_size": 32, "depth": 1}),
     Entry("tresnet_m", 32, {"width_factor": 0.25, "layers": (1, 1, 1, 1)}),
@@ -179,8 +191,8 @@ ZOO = [
     Entry("vit_base_patch16_siglip_gap_224", 32, {"depth": 1, "img_size": 32, "embed_dim": 96, "num_heads": 3}),
     Entry("vit_tiny_patch16_dinov3_qkvb", 32, {"depth": 2}),
     Entry("vit_tiny_r_s16_p8_224", 32, {"img_size": 32, "depth": 2}),
-    Entry("vitamin_small_224", 32, {"img_size": 32, "depth": 2}),
-    Entry("volo_d1_224", 32, {"img_size": 32, "mlp_ratio": 1.0}),
+    Entry("vitamin_small_224", 32, {"img_size": 32, "depth": 1}),
+    Entry("volo_d1_224", 32, {"img_size": 32}, own={"embed_dims": (48, 96, 96, 96), "layers": (2, 2, 2, 1)}),
     Entry("xception41p", 32, {}, thin=4),
     Entry("xcit_nano_12_p8_224", 32, {"depth": 2}),
 ]
