@@ -54,15 +54,15 @@ def references(model, optimizer, start, metric="start"):
 @pytest.mark.parametrize("manifolds", MANIFOLDS, ids="-".join)
 @pytest.mark.parametrize("scheme", ["pi", "po", "pio"])
 @pytest.mark.parametrize("options", MOMENTA, ids=["plain", "momentum", "nesterov", "dampened"])
-def test_steps_equal_a_loop_over_components(request, scheme, manifolds, start, options):
-    if len(manifolds) != 3 or options.get("momentum") != 0.9:  # those are compiled as for everyone
-        request.getfixturevalue("quickly_compiled")
+def test_steps_equal_a_loop_over_components(scheme, manifolds, start, options):
+    # Compiling all of it takes a quarter of an hour: test_fused.py compares the rest of what is compiled with this.
+    compiled = len(manifolds) == 3 and options == {"momentum": 0.9}
     for cutting, metric, rho in (("kernel", "start", 1.0), ("filter", "unit", 0.3), ("kernel", "embedded", None)):
         model = net()
         groups = pom_param_groups(
             model, scheme=scheme, manifolds=manifolds, start=start, cutting=cutting, block_size=4, seed=3
         )
-        optimizer = FGSGD(groups, lr=0.2, rho=rho, metric=metric, **options)
+        optimizer = FGSGD(groups, lr=0.2, rho=rho, metric=metric, fused=compiled, **options)
         if metric == "embedded":  # R other than 1
             for p, pom in optimizer.poms.items():
                 optimizer.rescale(p, torch.rand_like(pom.radius) + 0.5)
