@@ -2,11 +2,11 @@
 
 __all__ = ["BLOCKS", "PACKING", "VECTORS"]
 
+# Without <cmath>, which takes as long to read as a kernel to compile without optimisation.
 VECTORS = r"""
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <omp.h>
+#include <stdint.h>
+#include <string.h>
 #include <type_traits>
 #include <utility>
 
@@ -22,6 +22,8 @@ typedef real vec __attribute__((vector_size(WIDEST)));
 typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> place;
 typedef place places __attribute__((vector_size(WIDEST)));
 typedef real loose __attribute__((vector_size(WIDEST), aligned(sizeof(real))));  // a vector at any address
+static inline float root(float x) { return __builtin_sqrtf(x); }
+static inline double root(double x) { return __builtin_sqrt(x); }
 """
 
 PACKING = r"""
@@ -124,12 +126,12 @@ constexpr int columns = 2, most = 8;
 
 static inline vec load(const real* from) { return *(const loose*)from; }
 static inline void store(real* to, vec x) { *(loose*)to = x; }
-static inline void clear(real (*z)[P]) { std::memset(z, 0, P * P * sizeof(real)); }
-static inline void copy(int64_t size, real* to, const real* from) { std::memcpy(to, from, size * sizeof(real)); }
+static inline void clear(real (*z)[P]) { memset(z, 0, P * P * sizeof(real)); }
+static inline void copy(int64_t size, real* to, const real* from) { memcpy(to, from, size * sizeof(real)); }
 
 template <int N>  // N numbers: a multiple of the identity, a diagonal, or all of the matrix
 static inline void fill(real (*z)[P], const real* from) {
-  if (N == P * P && P > 1) { std::memcpy(z, from, P * P * sizeof(real)); return; }
+  if (N == P * P && P > 1) { memcpy(z, from, P * P * sizeof(real)); return; }
   clear(z);
   for (int i = 0; i < P; ++i) z[i][i] = from[N == 1 ? 0 : i];
 }
@@ -143,7 +145,7 @@ static inline void combine(int64_t size, real* out, const real* a, real x, const
 }
 
 static inline void choose(int64_t size, real* out, bool mask, const real* a, const real* b) {
-  std::memcpy(out, mask ? a : b, size * sizeof(real));
+  memcpy(out, mask ? a : b, size * sizeof(real));
 }
 
 static inline real squares(int64_t size, const real* a) {

@@ -83,7 +83,7 @@ class Program:
     """
 
     over = "{} / {}"
-    one_over_root = "1 / std::sqrt({})"
+    one_over_root = "1 / root({})"
     choice = "{} ? {} : {}"
     definition = "const auto {} = {};"
 

@@ -22,6 +22,8 @@ MOMENTA = [
 ]
 ALL = ("sphere", "oblique", "stiefel")
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def net(dtype=torch.float64):
     return nn.Sequential(
