@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from functools import partial
+from itertools import cycle
 
 import pytest
 import timm
@@ -201,6 +202,7 @@ class Spy(Callback):
     def on_train_end(self, trainer, pl_module):
         (optimizer,) = trainer.optimizers
         self.distances = {pom.name: optimizer.distance(p) for p, pom in optimizer.poms.items()}
+        self.schemes = {pom.sets.scheme for pom in optimizer.poms.values()}
 
 
 @torch.no_grad()
@@ -218,9 +220,13 @@ def fit(lit, size, folder, *callbacks):
 
 
 def trains_on_manifolds(entry, folder, *schemes, fused=None):
-    """Of each scheme: the start changes nothing, the steps stay on the manifolds, λ of every weight is gathered."""
+    """Of each scheme: the start changes nothing, the steps stay on the manifolds, λ of every weight is gathered.
+
+    Several schemes in one, as ``("pi", "po")``, are those of one layer and the next.
+    """
     model, image = entry.build(), torch.randn(1, 3, entry.size, entry.size)
-    standardised = not plan_of(model).weights
+    names = [weight.name for weight in plan_of(model).weights.values()]
+    standardised = not names
     assert standardised == (entry.name in STANDARDISED)
     if standardised:
         with pytest.raises(ValueError, match=f"no weight to constrain .*{STANDARDISES}.*normalized=True"):
@@ -230,7 +236,13 @@ def trains_on_manifolds(entry, folder, *schemes, fused=None):
     for scheme in schemes:
         model.load_state_dict(state)
         lit, spy, rescaling = LitEntry(model, fused), Spy(image), FeatureStdRescaling(every_n_batches=1)
-        grouping = POMGrouping(scheme, start="preserve", normalized=standardised)
+        settings = {"start": "preserve", "normalized": standardised}
+        if isinstance(scheme, str):
+            grouping = POMGrouping(scheme, **settings)
+        else:
+            names = names or [w.name for w in draw_plan(model, normalized=True).weights.values()]
+            turns = zip(names, cycle(scheme), strict=False)
+            grouping = POMGrouping(overrides={f"model.{name}": {"scheme": turn} for name, turn in turns}, **settings)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*was not seen")
             fit(lit, entry.size, folder, grouping, rescaling, spy)
@@ -238,6 +250,7 @@ def trains_on_manifolds(entry, folder, *schemes, fused=None):
         assert len(lit.losses) == 3
         assert torch.tensor(lit.losses).isfinite().all()
         assert max(spy.distances.values()) <= 1e-5, max(spy.distances, key=spy.distances.get)
+        assert spy.schemes == ({scheme} if isinstance(scheme, str) else set(scheme))
         weights = {name.removeprefix("model."): lit.get_parameter(name) for name in spy.distances}
         assert any((p != state[name]).any() for name, p in weights.items())
         layers = [epoch["layers"] for epoch in rescaling.history]
@@ -267,7 +280,7 @@ def test_a_quick_architecture_trains_on_its_manifolds(name, tmp_path):
 @pytest.mark.parametrize("entry", ZOO, ids=names(ZOO))
 def test_every_family_trains_on_its_manifolds(entry, tmp_path):
     # By torch's operations: code would have to be compiled for widths that only these small versions have.
-    trains_on_manifolds(entry, tmp_path, *SCHEMES, fused=False)
+    trains_on_manifolds(entry, tmp_path, SCHEMES, fused=False)
 
 
 # λ --------------------------------------------------------------------------------------------------------------------
