@@ -41,9 +41,17 @@ _MOST_SLOTS = 16  # groups in a pool up to which the loop finds a component's gr
 
 def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether there is compiled code for a weight and the tensors that go with it."""
-    tensors = [weight, *(x for x in others if x is not None)]
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return False
+    tensors = [weight, *(x for x in others if x is not None)]
+    key = ("compiled", *(x.stride() for x in tensors), *(x.dtype for x in tensors), *(x.device for x in tensors))
+    if key not in pom.layouts:
+        pom.layouts[key] = _suits(pom, tensors)
+    return bool(pom.layouts[key])
+
+
+def _suits(pom: POM, tensors: list[Tensor]) -> bool:
+    weight = tensors[0]
     if any(x.dtype != weight.dtype or x.device != weight.device or pom.cutting.view(x) is None for x in tensors):
         return False
     if pom.cutting.small:
@@ -105,7 +113,7 @@ def advance(
         table = share.view(-1, pom.sets.groups_in_pool).T.contiguous()
         _call(kernel, pom, weight, grad, buffer, table, metric, options, None, moved, _threads(weight))
     else:
-        of_block = share[pom.sets.group.long()]
+        of_block = share.index_select(0, pom.group)
         _call_blocks(kind, pom, weight, grad, buffer, of_block, metric, options, None, moved)
     for x in (weight, buffer):
         if x is not None:

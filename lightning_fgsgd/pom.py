@@ -272,12 +272,22 @@ class POM:
         g = geometry.tangent(geometry.unit(omega), geometry.pull(self.cutting.cut(working(grad))))
         return torch.empty_like(working(weight)).copy_(self.cutting.join(g * geometry.inverse_root_metric))
 
+    @property
+    def group(self) -> Tensor:
+        """Number of the group of each component, int32 (k,): made anew for small kernels, which are many, and else kept."""
+        if self.cutting.small:
+            return self.sets.group
+        if "group" not in self.layouts:
+            self.layouts["group"] = self.sets.group
+        found: Tensor = self.layouts["group"]
+        return found
+
     def group_sums(self, x: Tensor) -> Tensor:
         """Sums of ``x`` (k,) over the groups, (G,), in double precision: a group may have a hundred thousand components.
 
         Of a sharded weight over its components in this process.
         """
-        return wide(x).new_zeros(self.num_groups).index_add_(0, self.sets.group, wide(x))
+        return wide(x).new_zeros(self.num_groups).index_add_(0, self.group, wide(x))
 
     # Unit points by manifold: for looking at a weight, and for what is done now and then --------------------------------
 

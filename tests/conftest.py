@@ -32,25 +32,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-_kernels = {flag: functools.cache(fused._kernel.__wrapped__) for flag in ("-O0", "-O1")}  # apart from everyone's
+_quick_kernels = functools.cache(fused._kernel.__wrapped__)  # apart from everyone's
 
 
 @pytest.fixture
 def quickly_compiled(monkeypatch):
     """For many variants on small weights: compiled in a third of the time or less, and of the same source the same results
     but for rounding."""
-    _compiled_with(monkeypatch, "-O0")
-
-
-@pytest.fixture
-def half_optimised(monkeypatch):
-    """For kernels of unusual sizes in large models: compiled in half the time, and almost as fast."""
-    _compiled_with(monkeypatch, "-O1")
-
-
-def _compiled_with(monkeypatch, flag):
-    monkeypatch.setattr(fused, "_FLAGS", (*fused._FLAGS, flag))
-    monkeypatch.setattr(fused, "_kernel", _kernels[flag])
+    monkeypatch.setattr(fused, "_FLAGS", (*fused._FLAGS, "-O0"))
+    monkeypatch.setattr(fused, "_kernel", _quick_kernels)
 
 
 class TinyNet(nn.Module):

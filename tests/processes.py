@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lightning_fgsgd import fused
+
 
 def run(folder: Path, function, processes: int = 2, *args):
     """What ``function(rank, folder, *args)`` returns, by rank. It is to be defined in a module, and so are its results."""
@@ -28,6 +30,7 @@ def _start(rank, processes, port, folder, function, args):
     }
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    fused._FLAGS = (*fused._FLAGS, "-O0")  # small weights in many settings: quickly compiled
     dist.init_process_group("gloo")
     torch.save(function(rank, folder, *args), folder / f"{rank}.pt")
     dist.barrier()

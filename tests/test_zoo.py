@@ -269,14 +269,13 @@ QUICK = {
 }
 
 
-@pytest.mark.usefixtures("half_optimised")
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("name", QUICK)
 def test_a_quick_architecture_trains_on_its_manifolds(name, tmp_path):
     trains_on_manifolds(BY_NAME[name], tmp_path, *QUICK[name])
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("half_optimised")
 @pytest.mark.parametrize("entry", ZOO, ids=names(ZOO))
 def test_every_family_trains_on_its_manifolds(entry, tmp_path):
     # By torch's operations: code would have to be compiled for widths that only these small versions have.
