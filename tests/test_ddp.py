@@ -20,6 +20,8 @@ from tests import lit, processes
 from tests.test_checkpoints import Resumable, differences
 from tests.test_sharding import Net
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 EPOCHS, IMAGES, BATCH = 3, 48, 8
 
 MODELS = {

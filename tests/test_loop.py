@@ -17,6 +17,8 @@ from lightning_fgsgd import FGSGD, FeatureStdRescaling, NormBoundMonitor, POMGro
 from tests.lit import trainer
 from tests.test_finetuning import LitTimm, images
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def vit(**options):
     """Without batch norm."""

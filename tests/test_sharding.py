@@ -25,6 +25,7 @@ from lightning_fgsgd import (
 from tests import processes
 
 COUNTS = ("name", "shape", "components", "groups", "sphere", "oblique", "stiefel", "start")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")  # as the other processes
 # In torch 2.6, fully_shard needs a GPU.
 fsdp2 = pytest.mark.skipif(torch.__version__ < "2.7", reason="fully_shard runs on a CPU from torch 2.7 on")
 

@@ -5,6 +5,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from lightning_fgsgd import FGSGD, POMGrouping, pom_param_groups
 from tests.lit import LitBase, LitTiny, loader, trainer
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def test_wrong_settings_are_refused_when_the_callback_is_made():
     with pytest.raises(ValueError, match="scheme: unknown scheme 'all'"):

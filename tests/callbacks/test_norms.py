@@ -12,6 +12,8 @@ from lightning_fgsgd.norms import group_norms
 from lightning_fgsgd.scaling import gamma
 from tests.lit import LitBase, LitTiny, loader, trainer
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def test_norms_of_unit_stiefel_kernels_are_those_of_table_2(tmp_path):
     monitor = NormBoundMonitor(every_n_epochs=2)

@@ -14,6 +14,8 @@ from lightning_fgsgd import FGSGD, FeatureStd, FeatureStdRescaling, POMGrouping,
 from lightning_fgsgd.scaling import gamma
 from tests.lit import LitBase, LitTiny, loader, trainer
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 class Frozen(LitTiny):
     """Learning rate 0: the weights move by rescaling only, so what must come out can be computed by hand."""
