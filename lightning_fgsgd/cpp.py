@@ -2,7 +2,7 @@
 
 __all__ = ["BLOCKS", "PACKING", "VECTORS"]
 
-# Without <cmath>, which takes as long to read as a kernel to compile without optimisation.
+# Without <cmath>: without optimisation, a third of the time that a 3x3 kernel takes to compile went into reading it.
 VECTORS = r"""
 #include <omp.h>
 #include <stdint.h>

@@ -108,6 +108,22 @@ def test_in_float32_they_agree_to_rounding():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+def test_a_weight_whose_layout_changes_between_steps_goes_on_as_by_torchs_operations():
+    found = []
+    for fused_ in (False, True):
+        torch.manual_seed(3)
+        layer = nn.Conv2d(16, 48, 1, bias=False).double()  # three blocks: other strides have no compiled code
+        optimizer = FGSGD(pom_param_groups(layer), lr=0.1, momentum=0.9, fused=fused_)
+        for order in ((0, 1, 2, 3), (1, 0, 2, 3), (0, 1, 2, 3)):
+            back = [order.index(i) for i in range(4)]
+            layer.weight.data = layer.weight.data.permute(order).contiguous().permute(back)
+            layer.weight.grad = torch.empty_like(layer.weight).normal_()
+            optimizer.step()
+        found.append(layer.weight.detach())
+        assert optimizer.distance(layer.weight) < 1e-12
+    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
+
+
 def test_compiled_code_is_what_runs_and_the_others_are_left_to_torch(monkeypatch):
     seen = {}
     move = Update.move
