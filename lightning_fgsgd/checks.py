@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fgsgd.pom import METRICS
 from lightning_fgsgd.sharding import Shard, anywhere
 
-__all__ = ["LARGEST_GRADIENT", "gradients", "options", "stray_weights", "too_large"]
+__all__ = ["LARGEST_GRADIENT", "gradients", "lost_plans", "options", "stray_weights", "too_large"]
 
 LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
 _STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
@@ -41,6 +41,20 @@ def options(given: Mapping[str, Any]) -> None:
         )
     if given["metric"] not in METRICS:
         raise ValueError(f"metric: unknown metric {given['metric']!r}; choose from {', '.join(map(repr, METRICS))}")
+
+
+def lost_plans(groups: Sequence[Mapping[str, Any]], planned: Container[Tensor]) -> None:
+    """Say so where dicts of ``pom_param_groups`` were copied without their plan, so that nothing would be constrained."""
+    for group in groups:
+        kind = str(group.get("name", "")).split(",")[0]
+        if kind == "pom" and not any(p in planned for p in group["params"]):
+            warnings.warn(
+                f"FGSGD: the parameter group {group['name']!r} has lost the plan that pom_param_groups gave it, as a copy "
+                "of a dict does, so its weights are not constrained; change the groups in place, or call "
+                "constrain(groups.plan)",
+                stacklevel=4,
+            )
+            return
 
 
 def gradients(grads: Mapping[str, Tensor], shards: Sequence[Shard | None] = ()) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from lightning_fgsgd import checkpoint, checks
-from lightning_fgsgd.plan import POMParamGroups, POMPlan
+from lightning_fgsgd.plan import POMParamGroup, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
 from lightning_fgsgd.sharding import anywhere, largest, local, opened, shard_of, split_like, version, whole_of
 from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, undisturbed
@@ -39,7 +41,8 @@ class FGSGD(torch.optim.Optimizer):
 
     Args:
         params: what :func:`~lightning_fgsgd.pom_param_groups` returns, which puts the weights onto their manifolds here,
-            once; or anything that ``torch.optim.SGD`` takes, which constrains nothing until :meth:`constrain`.
+            once, and groups of one's own beside these in a list; or anything that ``torch.optim.SGD`` takes, which
+            constrains nothing until :meth:`constrain`.
         lr: learning rate, r(t) of the paper. Eq. 4 (Σ r = ∞, Σ r² < ∞) is up to the scheduler.
         momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         rho: ρ of Eq. 5, the geodesic distance to a minimum: a number, or ``"average"``, which estimates it by the distance
@@ -101,12 +104,15 @@ class FGSGD(torch.optim.Optimizer):
         self._plan = POMPlan()
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
-        super().__init__(params, defaults)
+        given = params if isinstance(params, Tensor) else list(params)  # a Tensor is torch's to refuse
+        plans = list({id(g.plan): g.plan for g in given if isinstance(g, POMParamGroup)}.values())
+        super().__init__([dict(g) if isinstance(g, dict) else g for g in given], defaults)
         if fused:
             for device in {p.device.type for group in self.param_groups for p in group["params"]}:
                 compiles(True, device)
-        if isinstance(params, POMParamGroups):
-            self.constrain(params.plan)
+        if plans:
+            self.constrain(functools.reduce(operator.or_, plans))
+        checks.lost_plans(self.param_groups, self._plan.names)
 
     # Products of manifolds ------------------------------------------------------------------------------------------
 
@@ -131,8 +137,11 @@ class FGSGD(torch.optim.Optimizer):
         """Add parameters as ``torch.optim.SGD`` does; weights that the plan knows are put onto their manifolds.
 
         A group with an ``"lr_factor"`` (``layer_decay`` and ``euclidean_lr_factor`` of ``pom_param_groups``) and no ``"lr"``
-        has that many times the optimizer's learning rate.
+        has that many times the optimizer's learning rate. A group of ``pom_param_groups`` brings its plan with it.
         """
+        if isinstance(param_group, POMParamGroup):
+            self._plan |= param_group.plan
+            param_group = dict(param_group)
         if "lr_factor" in param_group and "lr" not in param_group:
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
         checks.options({**self.defaults, **param_group})

@@ -52,12 +52,26 @@ class POMPlan:
     euclidean: dict[str, str] = field(default_factory=dict)
     names: dict[Tensor, str] = field(default_factory=dict)
 
+    def __or__(self, other: POMPlan) -> POMPlan:
+        return POMPlan(self.weights | other.weights, self.euclidean | other.euclidean, self.names | other.names)
+
+
+class POMParamGroup(dict[str, Any]):
+    """A parameter group for :class:`FGSGD`, a dict that also carries the plan it comes from."""
+
+    def __init__(self, group: Mapping[str, Any], plan: POMPlan) -> None:
+        super().__init__(group)
+        self.plan = plan
+
 
 class POMParamGroups(list[dict[str, Any]]):
-    """Parameter groups for :class:`FGSGD`, a plain list of dicts that also carries the plan they come from."""
+    """Parameter groups for :class:`FGSGD`, a list of them with the plan that they come from.
 
-    def __init__(self, groups: Sequence[dict[str, Any]], plan: POMPlan) -> None:
-        super().__init__(groups)
+    Each carries it too, so that groups of several models, and groups of one's own, can be put together in a list.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], plan: POMPlan) -> None:
+        super().__init__(POMParamGroup(group, plan) for group in groups)
         self.plan = plan
 
 

@@ -417,6 +417,32 @@ def test_an_unfrozen_weight_is_constrained_by_the_plan(tiny):
     assert optimizer.pom(tiny.conv.weight).components.shape == (24, 3, 3)
 
 
+def test_groups_of_several_models_and_of_ones_own_are_put_together_in_a_list(tiny):
+    other, head = net(torch.float32), nn.Linear(4, 2)
+    groups = [
+        *pom_param_groups(tiny, start="project"),
+        *pom_param_groups(other),
+        {"params": head.parameters(), "lr": 0.01},
+    ]
+    optimizer = FGSGD(groups, lr=0.1)
+    alone = [FGSGD(pom_param_groups(tiny, start="project"), lr=0.1), FGSGD(pom_param_groups(other), lr=0.1)]
+    assert set(optimizer.poms) == set(alone[0].poms) | set(alone[1].poms) != set()
+    assert optimizer.pom(tiny.conv.weight).start == "project"
+    assert optimizer.pom(other[0].weight).start == "preserve"
+    assert optimizer.param_groups[-1]["lr"] == 0.01
+    state = optimizer.state_dict()
+    assert all(type(group) is dict and "plan" not in group for group in state["param_groups"])
+    later = FGSGD(head.parameters(), lr=0.1)
+    later.add_param_group(pom_param_groups(other)[0])
+    assert set(later.poms) == set(alone[1].poms)
+
+
+def test_groups_without_their_plan_are_noticed(tiny):
+    with pytest.warns(UserWarning, match="'pom, lr x 0.5' has lost the plan"):
+        optimizer = FGSGD([{**g, "name": g["name"] + ", lr x 0.5"} for g in pom_param_groups(tiny)], lr=0.1)
+    assert not optimizer.poms
+
+
 def test_a_copied_optimizer_steps_alike(tiny):
     optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, momentum=0.9)
     model, twin = copy.deepcopy((tiny, optimizer))
