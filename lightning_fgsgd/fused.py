@@ -1,11 +1,11 @@
-"""The step of one weight in a single pass over memory: C++ made from :mod:`~lightning_fgsgd.step` itself.
+"""The step of many weights in a single pass over memory: C++ made from :mod:`~lightning_fgsgd.step` itself.
 
 The functions of the step are run once on symbols, which write down every operation that is done to them. That list of
 operations is the body of a loop over the components of a weight, so there is no second version of the mathematics. Small
 kernels are symbols entry by entry, a vector of components at a time (:mod:`~lightning_fgsgd.source`), contiguous or
 channels_last; blocks of output neurons are symbols row by row, one block at a time (:mod:`~lightning_fgsgd.source_blocks`).
 One loop serves all weights whose components have the same size, whatever their shape: sizes, strides and the numbers of the
-step are its arguments. torch's own code cache compiles it, in seconds, once a machine.
+step stand in a table, and it is called once for all of them. torch's own code cache compiles it, in seconds, once a machine.
 
 For float32 and float64 on a CPU. All else, and large kernels, go through :mod:`~lightning_fgsgd.eager`.
 """
@@ -15,16 +15,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from typing import Any
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_fgsgd.cpp import ROW
 from lightning_fgsgd.grouping import SCHEMES
+from lightning_fgsgd.job import Job
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.source import Program, loop
 from lightning_fgsgd.source_blocks import BlockProgram, Rows, Square, block_loop
-from lightning_fgsgd.step import Options
 from lightning_fgsgd.symbolic import WORTH_COMPILING, planes, upper_of, variant_of, written
 
 __all__ = ["advance", "available", "group_squares", "suits"]
@@ -82,43 +85,28 @@ def _compile(source: str) -> Any:
         return CppCodeCache.load_async(source, "cpu", extra_flags=_FLAGS)()
 
 
-def group_squares(pom: POM, weight: Tensor, grad: Tensor, metric: str, options: Options) -> Tensor:
-    """Sums of ‖gradL(ω)‖² over the groups, (G,), in double precision."""
-    if not pom.cutting.small:
-        found = torch.empty(pom.cutting.count, dtype=weight.dtype)
-        _call_blocks("squares", pom, weight, grad, None, None, metric, options, found, None)
-        return pom.group_sums(found)
-    kernel = _kernel(variant_of(pom, weight, metric), "squares")
-    threads = _threads(weight)
-    sums = torch.zeros(threads, pom.sets.groups_in_pool, pom.num_groups // pom.sets.groups_in_pool, dtype=torch.float64)
-    _call(kernel, pom, weight, grad, None, None, metric, options, sums, None, threads)
-    return sums.sum(0).T.flatten()
+def group_squares(jobs: Sequence[Job]) -> list[Tensor]:
+    """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
+    sizes = [job.pom.num_groups for job in jobs]
+    sums = torch.zeros(sum(sizes), dtype=torch.float64)
+    _run(jobs, "squares", sizes, sums)
+    return list(sums.split(sizes))
 
 
-def advance(
-    pom: POM,
-    weight: Tensor,
-    grad: Tensor,
-    buffer: Tensor | None,
-    share: Tensor,
-    metric: str,
-    options: Options,
-    nesterov: bool,
-) -> Tensor:
-    """As :func:`lightning_fgsgd.eager.advance`."""
-    kind = "move" if buffer is None else "nesterov" if nesterov else "momentum"
-    moved = torch.empty(pom.cutting.count, dtype=torch.bool)
-    if pom.cutting.small:
-        kernel = _kernel(variant_of(pom, weight, metric), kind)
-        table = share.view(-1, pom.sets.groups_in_pool).T.contiguous()
-        _call(kernel, pom, weight, grad, buffer, table, metric, options, None, moved, _threads(weight))
-    else:
-        of_block = share.index_select(0, pom.group)
-        _call_blocks(kind, pom, weight, grad, buffer, of_block, metric, options, None, moved)
-    for x in (weight, buffer):
-        if x is not None:
-            torch.autograd.graph.increment_version(x)
-    return moved
+def advance(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor]]:
+    """Move the weights and their momenta in place; see :func:`lightning_fgsgd.eager.advance`.
+
+    Returns:
+        Which components of each weight were moved, bool (k,); and whether all of them were, one answer for all weights.
+    """
+    sizes = [job.pom.cutting.count for job in jobs]
+    moved = torch.empty(sum(sizes), dtype=torch.bool)
+    _run(jobs, None, sizes, moved)
+    for job in jobs:
+        torch.autograd.graph.increment_version(job.weight)
+        if job.buffer is not None:
+            torch.autograd.graph.increment_version(job.buffer)
+    return list(moved.split(sizes)), [moved.all()]
 
 
 def _threads(weight: Tensor) -> int:
@@ -129,12 +117,12 @@ def _threads(weight: Tensor) -> int:
 
 
 @functools.cache
-def _kernel(variant: tuple[Any, ...], kind: str) -> Any:
-    """The compiled code of a variant; of blocks, and the number of rooms that it needs."""
-    if variant[0]:
-        return _compile(source(variant, kind)).kernel
-    library = _compile(block_source(variant, kind))
-    return library.kernel, library.rooms()
+def _kernel(variant: tuple[Any, ...], kind: str) -> tuple[Any, int]:
+    """The compiled code of a variant; and of blocks, how many times a block's size it needs as room."""
+    library = _compile((source if variant[0] else block_source)(variant, kind))
+    library.kernel.argtypes = (ctypes.c_int64, ctypes.c_void_p)
+    library.kernel.restype = None
+    return library.kernel, 0 if variant[0] else library.rooms()
 
 
 def source(variant: tuple[Any, ...], kind: str) -> str:
@@ -180,74 +168,79 @@ def block_source(variant: tuple[Any, ...], kind: str) -> str:
 # Calling it ----------------------------------------------------------------------------------------------------------
 
 
-def _call_blocks(
-    kind: str,
-    pom: POM,
-    weight: Tensor,
-    grad: Tensor,
-    buffer: Tensor | None,
-    share: Tensor | None,
-    metric: str,
-    options: Options,
-    out: Tensor | None,
-    moved: Tensor | None,
-) -> None:
-    kernel, rooms = _kernel(variant_of(pom, weight, metric), kind)
-    threads, size = _threads(weight), pom.cutting.n * pom.cutting.p
-    room = torch.empty(threads * rooms * size, dtype=weight.dtype)
-    radius = None if pom.all_ones else pom.radius
-    numbers = [*map(float, options), *(m**-0.5 for m in pom.metrics(metric))]
-    real = ctypes.c_double if weight.dtype == torch.float64 else ctypes.c_float
-    tensors = (weight, grad, buffer, pom.upper, pom.inverse, radius, pom.sets.manifold, share, out, moved, room)
-    layout = (threads, pom.cutting.count, pom.cutting.n)
-    kernel(
-        (ctypes.c_int64 * len(layout))(*layout),
-        (real * len(numbers))(*numbers),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
-    )
+class _Told(NamedTuple):
+    """What compiled code is told of a weight for as long as its layout stays."""
+
+    kernel: Any
+    layout: array[int]
+    of_pom: tuple[Tensor | None, ...]  # U, its inverse, R, the manifolds and the groups
+    addresses: tuple[int, ...]  # of these
+    room: tuple[int, int]  # bytes to work in: for each thread, and once
 
 
-def _call(
-    kernel: Any,
-    pom: POM,
-    weight: Tensor,
-    grad: Tensor,
-    buffer: Tensor | None,
-    table: Tensor | None,
-    metric: str,
-    options: Options,
-    sums: Tensor | None,
-    moved: Tensor | None,
-    threads: int,
-) -> None:
-    layout = _layout(pom, weight, grad, weight if buffer is None else buffer)
-    layout[0] = threads
-    inverse_roots = [m**-0.5 for m in pom.metrics(metric)]
-    real = ctypes.c_double if weight.dtype == torch.float64 else ctypes.c_float
-    numbers = [*map(float, options), *inverse_roots]
-    tensors = (weight, grad, buffer, pom.upper, pom._radius, pom.sets.manifold, pom.sets.slot, table, sums, moved)
-    kernel(
-        layout,
-        (real * len(numbers))(*numbers),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
-    )
+def _run(jobs: Sequence[Job], kind: str | None, sizes: Sequence[int], out: Tensor) -> None:
+    """Run the code of each variant once, over a table of its weights; ``out`` holds ``sizes`` numbers for each in turn."""
+    tables: dict[int, tuple[Any, array[int]]] = {}  # by id: functions of a library have no hash
+    kept, at, room = [], out.data_ptr(), 0
+    for job, size in zip(jobs, sizes, strict=True):
+        told, numbers, threads = _told(job, kind or job.kind), _numbers(job), _threads(job.weight)
+        share = None if job.share is None else job.share.contiguous()
+        ours = (threads, told.layout.buffer_info()[0], numbers.buffer_info()[0], *map(_address, job[1:4]))
+        found = (at, 0) if kind == "squares" else (0, at)
+        _, table = tables.setdefault(id(told.kernel), (told.kernel, array("q")))
+        table.extend((*ours, *told.addresses, _address(share), *found, 0))
+        kept += [numbers, share]  # their addresses are in the table
+        at, room = at + size * out.element_size(), max(room, threads * told.room[0] + told.room[1])
+    space = torch.empty(room, dtype=torch.uint8)
+    for kernel, table in tables.values():
+        weights = len(table) // ROW
+        table[ROW - 1 :: ROW] = array("q", [space.data_ptr()] * weights)
+        kernel(weights, table.buffer_info()[0])
 
 
-def _layout(pom: POM, *tensors: Tensor) -> Any:
-    """Counts, sizes, strides and offsets for the code, the first of them for the number of threads."""
-    key = (len(pom._radius), *(x.stride() for x in tensors))
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _told(job: Job, kind: str) -> _Told:
+    pom, weight, cutting = job.pom, job.weight, job.pom.cutting
+    second = weight if job.buffer is None else job.buffer
+    key = ("told", kind, job.metric, weight.dtype, weight.stride(), job.grad.stride(), second.stride())
     if key not in pom.layouts:
-        views: list[Any] = [pom.cutting.view(x) for x in tensors]
-        second = pom.cutting.shape[1]
-        outer = [v.stride()[:-2] for v in views]
-        sizes, strides = _axes(pom, tuple(s if len(s) == 2 else (s[0] * second, s[0]) for s in outer))
-        offsets = [
-            i * v.stride(-2) + j * v.stride(-1) for v in views for i in range(v.shape[-2]) for j in range(v.shape[-1])
-        ]
-        slots = pom.sets.groups_in_pool
-        numbers = [0, pom.cutting.count, slots, pom.num_groups // slots, *sizes, *strides, *offsets]
-        pom.layouts[key] = (ctypes.c_int64 * len(numbers))(*numbers)
-    return pom.layouts[key]
+        kernel, rooms = _kernel(variant_of(pom, weight, job.metric), kind)
+        of_pom: tuple[Tensor | None, ...]
+        if cutting.small:
+            layout = _layout(pom, weight, job.grad, second)
+            of_pom = (pom.upper, None, pom._radius, pom.sets.manifold, pom.sets.slot)
+            room = 8 * pom.num_groups if kind == "squares" else 0, 0
+        else:
+            layout = array("q", (cutting.count, cutting.n))
+            of_pom = (pom.upper, pom.inverse, None if pom.all_ones else pom.radius, pom.sets.manifold, pom.group)
+            room = rooms * cutting.n * cutting.p * weight.element_size(), cutting.count * weight.element_size()
+        pom.layouts[key] = _Told(kernel, layout, of_pom, tuple(map(_address, of_pom)), room)
+    found: _Told = pom.layouts[key]
+    return found
+
+
+def _numbers(job: Job) -> array[float]:
+    """The numbers of the step, kept from the last one where they are the same."""
+    layouts, key = job.pom.layouts, (job.weight.dtype, job.metric, *map(float, job.options))
+    if layouts.get("numbers", (None,))[0] != key:
+        layouts["numbers"] = key, array("d" if job.weight.dtype == torch.float64 else "f", job.numbers())
+    found: array[float] = layouts["numbers"][1]
+    return found
+
+
+def _layout(pom: POM, *tensors: Tensor) -> array[int]:
+    """Counts, sizes, strides and offsets for the code of small kernels."""
+    views: list[Any] = [pom.cutting.view(x) for x in tensors]
+    second = pom.cutting.shape[1]
+    outer = [v.stride()[:-2] for v in views]
+    sizes, strides = _axes(pom, tuple(s if len(s) == 2 else (s[0] * second, s[0]) for s in outer))
+    offsets = [
+        i * v.stride(-2) + j * v.stride(-1) for v in views for i in range(v.shape[-2]) for j in range(v.shape[-1])
+    ]
+    return array("q", (pom.cutting.count, pom.sets.groups_in_pool, pom.num_groups, *sizes, *strides, *offsets))
 
 
 def _axes(pom: POM, strides: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:

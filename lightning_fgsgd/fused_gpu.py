@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd.factors import inverse_in_two_terms, unpack_upper
+from lightning_fgsgd.job import Job
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.source_gpu import NUMBERS, TOTAL, TritonProgram, lane_kernel
 from lightning_fgsgd.source_tiles import BlockTiles, Matrix, Tiles, block_kernel
-from lightning_fgsgd.step import Options
 from lightning_fgsgd.symbolic import planes, upper_of, variant_of, written
 
-__all__ = ["Job", "advance", "available", "group_squares", "suits"]
+__all__ = ["advance", "available", "group_squares", "suits"]
 
 _LANE = 9  # entries of the largest kernel that one lane works on: code for a 4x4 one takes half a minute to compile
 _MOST_ROWS = 32  # of a larger kernel, or a block: likewise, minutes for 64
@@ -34,19 +34,6 @@ _LANES = 128  # kernels that a program works on, one to a thread
 _TILE = 64  # columns of a block that are worked on together
 _PRECISION = "ieee"  # of products: all of float32
 _WARPS = 4  # of 32 threads, for a program
-
-
-class Job(NamedTuple):
-    """What a step is to do to one weight: its momentum None without one, ``share`` 1/𝔤 of every group, (G,)."""
-
-    pom: POM
-    weight: Tensor
-    grad: Tensor
-    buffer: Tensor | None
-    share: Tensor | None
-    metric: str
-    options: Options
-    nesterov: bool
 
 
 @functools.cache
@@ -149,7 +136,7 @@ def _alike(jobs: Sequence[Job], kind: str | None) -> dict[Key, list[int]]:
     """The jobs that one launch can do."""
     found: dict[Key, list[int]] = {}
     for i, job in enumerate(jobs):
-        which = kind or ("move" if job.buffer is None else "nesterov" if job.nesterov else "momentum")
+        which = kind or job.kind
         told = ("key", which, job.metric, *(None if x is None else x.stride() for x in job[1:4]))
         layouts = job.pom.layouts
         if told not in layouts:
@@ -228,9 +215,7 @@ class Launch:
 
     def run(self, shares: list[Tensor] | None) -> None:
         """Launch the code, with 1/𝔤 of the groups of each weight where it needs them."""
-        numbers = tuple(
-            (*map(float, job.options), *(m**-0.5 for m in job.pom.metrics(job.metric))) for job in self.jobs
-        )
+        numbers = tuple(job.numbers() for job in self.jobs)
         of_groups = self.out if shares is None else torch.cat(shares)
         tables = (self.owners, self.whole, self.starts, _numbers(numbers, self.key.device), of_groups, self.out)
         constants: dict[str, Any] = {"TILE": _TILE, "PRECISION": _PRECISION}

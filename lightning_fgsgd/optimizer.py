@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from lightning_fgsgd import checkpoint, checks
-from lightning_fgsgd.plan import POMParamGroup, POMPlan
+from lightning_fgsgd.plan import POMParamGroup, POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
 from lightning_fgsgd.sharding import anywhere, largest, local, opened, shard_of, split_like, version, whole_of
 from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, undisturbed
@@ -105,7 +105,8 @@ class FGSGD(torch.optim.Optimizer):
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
         given = params if isinstance(params, Tensor) else list(params)  # a Tensor is torch's to refuse
-        plans = list({id(g.plan): g.plan for g in given if isinstance(g, POMParamGroup)}.values())
+        carriers = [x for x in (params, *given) if isinstance(x, POMParamGroups | POMParamGroup)]
+        plans = list({id(x.plan): x.plan for x in carriers}.values())
         super().__init__([dict(g) if isinstance(g, dict) else g for g in given], defaults)
         if fused:
             for device in {p.device.type for group in self.param_groups for p in group["params"]}:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_fgsgd.cpp import PACKING, VECTORS
+from lightning_fgsgd.cpp import PACKING, VECTORS, each_weight
 
 __all__ = ["Program", "Symbol", "loop"]
 
@@ -170,7 +170,9 @@ def loop(
       else if ({name}_packed) unpack({name}_here, {name}_tile);
       else {{ {" ".join(f"gather({name}{e}, {name}_here + offsets[{at + e}], {name}_step, l);" for e in entries)} }}
       if ({name}_direct) for (int e = 0; e < {size}; ++e) for (int t = 0; t < T; t += 64 / sizeof(real))
-        __builtin_prefetch({name.upper()} + {_position(row, "_next")} + offsets[{at} + e] + t, 0, 2);"""
+        __builtin_prefetch({name.upper()} + {_position(row, "_next")} + offsets[{at} + e] + t, 0, 2);
+      if ({name}_packed) for (int t = 0; t < {size} * T; t += 64 / sizeof(real))
+        __builtin_prefetch({name.upper()} + {_position(row, "_next")} + t, 0, 2);"""
 
     def result(name: str) -> str:
         at = order[name] * size
@@ -188,29 +190,27 @@ def loop(
         + """
       real f[T];
       for (int t = 0; t < T; ++t) f[t] = 1;
-      for (int i = 0; i < slots; ++i) {
-        const real* const row = table + i * pools + pool;
-        if (pool_step == 0) { const real x = *row; for (int t = 0; t < T; ++t) f[t] = slot[t] == i ? x : f[t]; }
-        else for (int t = 0; t < l; ++t) f[t] = slot[t] == i ? row[t * pool_step] : f[t];
-      }"""
+      if (pool_step == 0) for (int i = 0; i < slots; ++i) {
+        const real x = F[pool * slots + i];
+        for (int t = 0; t < T; ++t) f[t] = slot[t] == i ? x : f[t];
+      }
+      else for (int t = 0; t < l; ++t) f[t] = F[(pool + t * pool_step) * slots + slot[t]];"""
     )
     adding = (
         slots
         + """
-      for (int i = 0; i < slots; ++i) {
-        double* const row = sums + (thread * slots + i) * pools + pool;
-        if (pool_step == 0) {
-          real x = 0;
-          _Pragma("omp simd reduction(+:x)")
-          for (int t = 0; t < T; ++t) x += slot[t] == i ? q[t] : real(0);
-          *row += x;
-        }
-        else for (int t = 0; t < l; ++t) row[t * pool_step] += slot[t] == i ? q[t] : real(0);
-      }"""
+      if (pool_step == 0) for (int i = 0; i < slots; ++i) {
+        real x = 0;
+        _Pragma("omp simd reduction(+:x)")
+        for (int t = 0; t < T; ++t) x += slot[t] == i ? q[t] : real(0);
+        mine[pool * slots + i] += x;
+      }
+      else for (int t = 0; t < l; ++t) mine[(pool + t * pool_step) * slots + slot[t]] += q[t];"""
     )
-    upper = "".join(f"\n      real u{i}[T]; gather(u{i}, U + {i} * count + k, k_step, l);" for i in range(factors)) + (
-        f"\n      real r[T]; gather(r, R + {_position(5)}, strides[23], l);" if radius else ""
-    )
+    upper = "".join(
+        f"\n      real u{i}_tile[T]; const real* const u{i} = in_place(u{i}_tile, U + {i} * count + k, k_step, l);"
+        for i in range(factors)
+    ) + (f"\n      real r[T]; gather(r, R + {_position(5)}, strides[23], l);" if radius else "")
     dense = " ".join(
         f"const bool {x} = dense<{size}>(offsets + {order[x[0]] * size});" for x in (f"{n}_dense" for n in reads)
     )
@@ -228,21 +228,27 @@ static inline void gather(To* to, const From* from, int64_t step, int l) {{
   else {{ for (int t = 0; t < l; ++t) to[t] = from[t * step]; for (int t = l; t < T; ++t) to[t] = from[0]; }}
 }}
 
+static inline const real* in_place(real* to, const real* from, int64_t step, int l) {{
+  if (step == 1 && l == T) return from;
+  gather(to, from, step, l);
+  return to;
+}}
+
 static inline void scatter(const real* from, real* to, int64_t step, int l) {{
   for (int t = 0; t < l; ++t) to[t * step] = from[t];
 }}
 
-extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, real* B, const real* U, const real* R,
-                       const uint8_t* M, const uint8_t* S, const real* table, double* sums, bool* moved) {{
-  const int64_t threads = layout[0], count = layout[1], slots = layout[2], pools = layout[3];
-  const int64_t *sizes = layout + 4, *strides = layout + 8, *offsets = layout + 32;
+{each_weight("uint8_t", "double")} {{
+  const int64_t count = layout[0], slots = layout[1], groups = layout[2];
+  const int64_t *sizes = layout + 3, *strides = layout + 7, *offsets = layout + 31;
   const int64_t tiles = (sizes[3] + T - 1) / T, all = sizes[0] * sizes[1] * sizes[2] * tiles;
   const int64_t k_step = strides[15], pool_step = strides[19];
   {numbers}
   {dense}
+  {"memset(room, 0, threads * groups * sizeof(double));" if sums else ""}
   #pragma omp parallel num_threads(threads)
   {{
-    const int64_t thread = omp_get_thread_num();
+    {"double* const mine = room + omp_get_thread_num() * groups;" if sums else ""}
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < all; ++i) {{
       {_place("i", "")}
@@ -264,6 +270,11 @@ extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, r
     }
     }}
   }}
+  {
+        "for (int64_t g = 0; g < groups; ++g) for (int i = 0; i < threads; ++i) sums[g] += room[i * groups + g];"
+        if sums
+        else ""
+    }
 }}
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_fgsgd.cpp import BLOCKS, VECTORS
+from lightning_fgsgd.cpp import BLOCKS, VECTORS, each_weight
 from lightning_fgsgd.matrices import Value, times
 from lightning_fgsgd.source import Program, Symbol
 
@@ -259,21 +259,22 @@ def block_loop(program: BlockProgram, entries: int, radius: bool, *, buffer: boo
         + VECTORS
         + BLOCKS
         + f"""
-extern "C" void kernel(const int64_t* layout, const real* s, real* W, real* G, real* B, const real* U, const real* V,
-                       const real* R, const uint8_t* M, const real* F, real* out, bool* moved, real* all_rooms) {{
-  const int64_t threads = layout[0], count = layout[1], n = layout[2], size = n * P;
+{each_weight("int32_t", "real")} {{
+  const int64_t count = layout[0], n = layout[1], size = n * P;
+  real* const out = room + threads * {program.rooms} * size;
   {numbers}
   #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t k = 0; k < count; ++k) {{
-    real* const rooms = all_rooms + omp_get_thread_num() * {program.rooms} * size;
+    real* const rooms = room + omp_get_thread_num() * {program.rooms} * size;
     real *w = W + k * size, *g = G + k * size, *b = B ? B + k * size : nullptr;
     const int64_t on = k + 1 < count ? size : 0;
     const real *w_ahead = w + on, *g_ahead = g + on, *b_ahead = b ? b + on : nullptr;
-    const int m = M[k]; const real f = F ? F[k] : real(1); {"const real r = R[k];" if radius else ""}
+    const int m = M[k]; const real f = F ? F[S[k]] : real(1); {"const real r = R[k];" if radius else ""}
     {filled}
         {body}
     {ending}
   }}
+  if (sums) for (int64_t k = 0; k < count; ++k) sums[S[k]] += out[k];
 }}
 extern "C" int rooms() {{ return {program.rooms}; }}
 """

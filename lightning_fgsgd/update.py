@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.sgd import sgd
 
 from lightning_fgsgd import checks, eager, fused, fused_gpu
 from lightning_fgsgd.average import distance_to_average
+from lightning_fgsgd.job import Job
 from lightning_fgsgd.manifolds import working_dtype
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.sharding import add_up, anywhere, local, opened, split_like
@@ -132,30 +134,36 @@ class Update:
         if self._first:
             self.state.pop("momentum_buffer", None)
 
-    def _suits(self, *tensors: Any) -> bool:
-        return self.compiled and fused.suits(self.pom, *tensors)
+    def job(self, share: Tensor | None = None) -> tuple[ModuleType, Job] | None:
+        """What compiled code is to do, and which, given 1/𝔤 where the weight is to be moved; None where that is not for it.
 
-    def job(self, share: Tensor | None = None) -> fused_gpu.Job | None:
-        """What GPU code is to do, given 1/𝔤 where the weight is to be moved; None where that is not for it."""
+        Weights that are gathered for the step have none here: :meth:`sums` and :meth:`move` do them one by one.
+        """
         shard = self.pom.shard
         if not self.compiled or (shard is not None and shard.gathered):
             return None
-        weight, grad, buffer = local(self.weight), local(self.grad), None
-        if share is not None:
-            weight = weight.clone() if self.group["lr"] == 0 else weight
-            kept = self._buffer()
-            buffer = None if kept is None else local(kept)
-        if not fused_gpu.suits(self.pom, weight, grad, buffer):
+        buffer = None if share is None else self._buffer()
+        return self._job(local(self.weight), local(self.grad), None if buffer is None else local(buffer), share)
+
+    def _job(
+        self, weight: Tensor, grad: Tensor, buffer: Tensor | None = None, share: Tensor | None = None
+    ) -> tuple[ModuleType, Job] | None:
+        code = next((c for c in (fused_gpu, fused) if self.compiled and c.suits(self.pom, weight, grad, buffer)), None)
+        if code is None:
             return None
         group = self.group
-        return fused_gpu.Job(self.pom, weight, grad, buffer, share, group["metric"], self._options, group["nesterov"])
+        if share is not None and group["lr"] == 0:
+            weight = weight.clone()
+        return code, Job(self.pom, weight, grad, buffer, share, group["metric"], self._options, group["nesterov"])
 
     def sums(self) -> Tensor:
         """Sums of ‖gradL(ω)‖² over the components of every group in this process, (G,): R_g² of Theorem 1."""
         with opened(self.pom.shard, self.weight, self.grad) as (weight, grad):
+            if compiled := self._job(weight, grad):
+                code, job = compiled
+                found: Tensor = code.group_squares([job])[0]
+                return found
             args = self.pom, weight, grad, self.group["metric"], self._options
-            if self._suits(weight, grad):
-                return fused.group_squares(*args)
             return self.pom.group_sums(eager.squares(*args, self.chunk))
 
     def shares(self, sums: Tensor | None) -> Tensor:
@@ -185,9 +193,13 @@ class Update:
         At a learning rate of 0 the weight stays as it is, also where it is not on its manifolds.
         """
         with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
+            if compiled := self._job(weight, grad, buffer, shares):
+                code, job = compiled
+                moved: Tensor = code.advance([job])[0][0]
+                return moved
             weight = weight.clone() if self.group["lr"] == 0 else weight
             args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
-            return fused.advance(*args) if self._suits(weight, grad, buffer) else eager.advance(*args, self.chunk)
+            return eager.advance(*args, self.chunk)
 
     def move_far(self, shares: Tensor, moved: Tensor) -> None:
         """Move the components that :meth:`move` left, for their steps are longer than its retraction is made for."""
@@ -230,9 +242,18 @@ class Update:
 def sums_of_all(updates: Sequence[Update]) -> list[Tensor | None]:
     """R_g² of the groups of each weight, see :meth:`Update.sums`; None without 𝔤."""
     wanted = {i: u for i, u in enumerate(updates) if u.group["rho"] is not None}
-    jobs = {i: job for i, u in wanted.items() if (job := u.job()) is not None}
-    found: dict[int, Tensor] = dict(zip(jobs, fused_gpu.group_squares(list(jobs.values())), strict=True))
+    found: dict[int, Tensor] = {}
+    for code, jobs in _by_code({i: u.job() for i, u in wanted.items()}):
+        found |= zip(jobs, code.group_squares(list(jobs.values())), strict=True)
     return [None if i not in wanted else found[i] if i in found else u.sums() for i, u in enumerate(updates)]
+
+
+def _by_code(jobs: Mapping[int, tuple[ModuleType, Job] | None]) -> Iterator[tuple[ModuleType, dict[int, Job]]]:
+    """The numbered jobs of each compiled code: it does all of them at once."""
+    for code in (fused_gpu, fused):
+        mine = {i: found[1] for i, found in jobs.items() if found is not None and found[0] is code}
+        if mine:
+            yield code, mine
 
 
 def finite_sums(updates: Sequence[Update]) -> tuple[list[Tensor | None], Tensor | None]:
@@ -306,9 +327,12 @@ def move_all(updates: Sequence[Update], shares: Sequence[Tensor]) -> tuple[list[
     Returns:
         Which components of each were moved, see :meth:`Update.move`; and whether all of them were, a few answers for all.
     """
-    jobs = {i: job for i, (u, x) in enumerate(zip(updates, shares, strict=True)) if (job := u.job(x)) is not None}
-    masks, whole = fused_gpu.advance(list(jobs.values()))
-    moved: dict[int, Tensor] = dict(zip(jobs, masks, strict=True))
+    moved: dict[int, Tensor] = {}
+    whole: list[Tensor] = []
+    for code, jobs in _by_code({i: u.job(x) for i, (u, x) in enumerate(zip(updates, shares, strict=True))}):
+        masks, answers = code.advance(list(jobs.values()))
+        moved |= zip(jobs, masks, strict=True)
+        whole += answers
     for i, (update, share) in enumerate(zip(updates, shares, strict=True)):
         if i not in moved:
             moved[i] = update.move(share)

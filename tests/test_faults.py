@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_fgsgd import FGSGD, FeatureStdRescaling, NormBoundMonitor, POMGrouping, pom_param_groups
+from lightning_fgsgd import fused as fused_step
 from lightning_fgsgd.update import Update
 from tests.lit import LitBase, LitTiny, loader, trainer
 from tests.test_finetuning import LitTimm, images
@@ -336,13 +337,20 @@ def test_an_exception_in_mid_epoch_leaves_a_model_that_can_be_used_and_callbacks
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("fused", [None, False])
 def test_an_interrupt_between_the_weights_of_a_step_leaves_each_before_or_after_it(tmp_path, monkeypatch, fused):
-    move, calls = Update.move, []
+    move, advance, calls = Update.move, fused_step.advance, []
 
     def interrupted(update, shares):
         calls.append(update.pom.name)
         if len(calls) == 4 * 15 + 7:  # the seventh weight of the fifth step
             raise KeyboardInterrupt
         return move(update, shares)
+
+    def interrupted_code(jobs):  # of all weights in one call
+        calls.append(len(jobs))
+        if len(calls) < 5:
+            return advance(jobs)
+        advance(jobs[:6])
+        raise KeyboardInterrupt
 
     class Kept(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -351,6 +359,7 @@ def test_an_interrupt_between_the_weights_of_a_step_leaves_each_before_or_after_
     module, given, kept = resnet(), callbacks(), Kept()
     module.fused = fused
     monkeypatch.setattr(Update, "move", interrupted)
+    monkeypatch.setattr(fused_step, "advance", interrupted_code)
     fit = trainer(tmp_path, *given, kept, max_epochs=3)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit.fit(module, images())

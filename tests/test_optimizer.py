@@ -437,6 +437,13 @@ def test_groups_of_several_models_and_of_ones_own_are_put_together_in_a_list(tin
     assert set(later.poms) == set(alone[1].poms)
 
 
+def test_groups_changed_within_their_list_keep_its_plan(tiny):
+    groups = pom_param_groups(tiny)
+    constrained = set(FGSGD(groups, lr=0.1).poms)
+    groups[:] = [{**group, "weight_decay": 0.1} for group in groups]
+    assert set(FGSGD(groups, lr=0.1).poms) == constrained != set()
+
+
 def test_groups_without_their_plan_are_noticed(tiny):
     with pytest.warns(UserWarning, match="'pom, lr x 0.5' has lost the plan"):
         optimizer = FGSGD([{**g, "name": g["name"] + ", lr x 0.5"} for g in pom_param_groups(tiny)], lr=0.1)

@@ -1,0 +1,34 @@
+"""What compiled code is to do to one weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_fgsgd.pom import POM
+from lightning_fgsgd.step import Options
+
+__all__ = ["Job"]
+
+
+class Job(NamedTuple):
+    """What a step is to do to one weight: its momentum None without one, ``share`` 1/𝔤 of every group, (G,)."""
+
+    pom: POM
+    weight: Tensor
+    grad: Tensor
+    buffer: Tensor | None
+    share: Tensor | None
+    metric: str
+    options: Options
+    nesterov: bool
+
+    @property
+    def kind(self) -> str:
+        """Which function of a step moves the weight."""
+        return "move" if self.buffer is None else "nesterov" if self.nesterov else "momentum"
+
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers of the step, and 1/√m of each manifold."""
+        return (*map(float, self.options), *(m**-0.5 for m in self.pom.metrics(self.metric)))
