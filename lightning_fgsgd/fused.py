@@ -223,11 +223,10 @@ def _told(job: Job, kind: str) -> _Told:
 
 
 def _numbers(job: Job) -> array[float]:
-    """The numbers of the step, kept from the last one where they are the same."""
-    layouts, key = job.pom.layouts, (job.weight.dtype, job.metric, *map(float, job.options))
-    if layouts.get("numbers", (None,))[0] != key:
-        layouts["numbers"] = key, array("d" if job.weight.dtype == torch.float64 else "f", job.numbers())
-    found: array[float] = layouts["numbers"][1]
+    numbers, layouts = job.numbers, job.pom.layouts
+    if layouts.get("numbers as told", (None,))[0] is not numbers:
+        layouts["numbers as told"] = numbers, array("d" if job.weight.dtype == torch.float64 else "f", numbers)
+    found: array[float] = layouts["numbers as told"][1]
     return found
 
 

@@ -215,7 +215,7 @@ class Launch:
 
     def run(self, shares: list[Tensor] | None) -> None:
         """Launch the code, with 1/𝔤 of the groups of each weight where it needs them."""
-        numbers = tuple(job.numbers() for job in self.jobs)
+        numbers = tuple(job.numbers for job in self.jobs)
         of_groups = self.out if shares is None else torch.cat(shares)
         tables = (self.owners, self.whole, self.starts, _numbers(numbers, self.key.device), of_groups, self.out)
         constants: dict[str, Any] = {"TILE": _TILE, "PRECISION": _PRECISION}
@@ -258,8 +258,7 @@ def _row(job: Job) -> tuple[int, ...]:
     pom, cutting = job.pom, job.pom.cutting
     tensors = job[1:4]
     key = tuple((0, ()) if x is None else (x.data_ptr(), x.stride()) for x in tensors)
-    name = "row of squares" if job.buffer is None else "row"
-    if pom.layouts.get(name, (None,))[0] != key:
+    if pom.layouts.get("row", (None,))[0] != key:
         lanes = _by_lanes(pom)
         upper, inverse = (pom.upper, None) if lanes else _factors(pom)
         radius = None if pom.all_ones else pom._radius
@@ -271,8 +270,8 @@ def _row(job: Job) -> tuple[int, ...]:
         sizes = (cutting.count, programs, cutting.n, first, second, max(first // cutting.conv_groups, 1))
         addresses = (0 if x is None else x.data_ptr() for x in (*tensors, *of_pom))
         strides = (s for x in tensors for s in ((0,) * 4 if x is None else _strides(pom, x) or ()))
-        pom.layouts[name] = key, (*addresses, *sizes, pom.sets.groups_in_pool, *strides)
-    row: tuple[int, ...] = pom.layouts[name][1]
+        pom.layouts["row"] = key, (*addresses, *sizes, pom.sets.groups_in_pool, *strides)
+    row: tuple[int, ...] = pom.layouts["row"][1]
     return row
 
 

@@ -29,6 +29,11 @@ class Job(NamedTuple):
         """Which function of a step moves the weight."""
         return "move" if self.buffer is None else "nesterov" if self.nesterov else "momentum"
 
+    @property
     def numbers(self) -> tuple[float, ...]:
-        """The numbers of the step, and 1/√m of each manifold."""
-        return (*map(float, self.options), *(m**-0.5 for m in self.pom.metrics(self.metric)))
+        """The numbers of the step, and 1/√m of each manifold: kept from the last step where they are the same."""
+        layouts, key = self.pom.layouts, (self.metric, self.options)
+        if layouts.get("numbers", (None,))[0] != key:
+            layouts["numbers"] = key, (*self.options, *(m**-0.5 for m in self.pom.metrics(self.metric)))
+        found: tuple[float, ...] = layouts["numbers"][1]
+        return found

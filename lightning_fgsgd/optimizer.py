@@ -16,7 +16,7 @@ from torch.optim.sgd import sgd
 from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.plan import POMParamGroup, POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
-from lightning_fgsgd.sharding import anywhere, largest, local, opened, shard_of, split_like, version, whole_of
+from lightning_fgsgd.sharding import anywhere, count, largest, local, opened, shard_of, split_like, version, whole_of
 from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, undisturbed
 
 __all__ = ["FGSGD"]
@@ -303,7 +303,7 @@ class FGSGD(torch.optim.Optimizer):
         ]
         if not found:
             return []
-        sizes = [local(p).numel() for group in self.param_groups for p in group["params"]]
+        sizes = [count(p) for group in self.param_groups for p in group["params"]]
         # A step by torch's operations holds up to eighteen tensors of a chunk: together the largest weight, or 5 % of all.
         chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
         updates = []

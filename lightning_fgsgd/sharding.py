@@ -26,6 +26,7 @@ __all__ = [
     "add_up",
     "anywhere",
     "collect",
+    "count",
     "largest",
     "local",
     "opened",
@@ -108,6 +109,11 @@ def local(x: Tensor) -> Tensor:
         return x.detach()
     with torch.no_grad():
         return x.to_local()
+
+
+def count(x: Tensor) -> int:
+    """How many numbers of a tensor this process holds."""
+    return local(x).numel() if isinstance(x, DTensor) else x.numel()
 
 
 def version(x: Tensor) -> int:

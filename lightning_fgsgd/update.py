@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -122,7 +123,8 @@ class Update:
     def _options(self) -> Options:
         group = self.group
         fresh = 1.0 if self._first else 1.0 - group["dampening"]
-        return Options(-1.0 if group["maximize"] else 1.0, group["weight_decay"], group["lr"], group["momentum"], fresh)
+        sign, lr = -1.0 if group["maximize"] else 1.0, float(group["lr"])  # lr may be a tensor
+        return Options(sign, group["weight_decay"], lr, group["momentum"], fresh)
 
     @property
     def can_wait(self) -> bool:
@@ -134,32 +136,32 @@ class Update:
         if self._first:
             self.state.pop("momentum_buffer", None)
 
-    def job(self, share: Tensor | None = None) -> tuple[ModuleType, Job] | None:
-        """What compiled code is to do, and which, given 1/𝔤 where the weight is to be moved; None where that is not for it.
+    @functools.cached_property
+    def job(self) -> tuple[ModuleType, Job] | None:
+        """What compiled code is to do, but for 1/𝔤, and which code; None where that is not for it.
 
         Weights that are gathered for the step have none here: :meth:`sums` and :meth:`move` do them one by one.
         """
-        shard = self.pom.shard
+        shard, buffer = self.pom.shard, None
         if not self.compiled or (shard is not None and shard.gathered):
             return None
-        buffer = None if share is None else self._buffer()
-        return self._job(local(self.weight), local(self.grad), None if buffer is None else local(buffer), share)
+        buffer = self._buffer()
+        if shard is None:
+            return self._job(self.weight, self.grad, buffer)
+        return self._job(local(self.weight), local(self.grad), None if buffer is None else local(buffer))
 
-    def _job(
-        self, weight: Tensor, grad: Tensor, buffer: Tensor | None = None, share: Tensor | None = None
-    ) -> tuple[ModuleType, Job] | None:
+    def _job(self, weight: Tensor, grad: Tensor, buffer: Tensor | None) -> tuple[ModuleType, Job] | None:
         code = next((c for c in (fused_gpu, fused) if self.compiled and c.suits(self.pom, weight, grad, buffer)), None)
         if code is None:
             return None
         group = self.group
-        if share is not None and group["lr"] == 0:
-            weight = weight.clone()
-        return code, Job(self.pom, weight, grad, buffer, share, group["metric"], self._options, group["nesterov"])
+        weight = weight.clone() if group["lr"] == 0 else weight
+        return code, Job(self.pom, weight, grad, buffer, None, group["metric"], self._options, group["nesterov"])
 
     def sums(self) -> Tensor:
         """Sums of ‖gradL(ω)‖² over the components of every group in this process, (G,): R_g² of Theorem 1."""
         with opened(self.pom.shard, self.weight, self.grad) as (weight, grad):
-            if compiled := self._job(weight, grad):
+            if compiled := self._job(weight, grad, None):
                 code, job = compiled
                 found: Tensor = code.group_squares([job])[0]
                 return found
@@ -193,9 +195,9 @@ class Update:
         At a learning rate of 0 the weight stays as it is, also where it is not on its manifolds.
         """
         with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
-            if compiled := self._job(weight, grad, buffer, shares):
+            if compiled := self._job(weight, grad, buffer):
                 code, job = compiled
-                moved: Tensor = code.advance([job])[0][0]
+                moved: Tensor = code.advance([job._replace(share=shares)])[0][0]
                 return moved
             weight = weight.clone() if self.group["lr"] == 0 else weight
             args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
@@ -243,7 +245,7 @@ def sums_of_all(updates: Sequence[Update]) -> list[Tensor | None]:
     """R_g² of the groups of each weight, see :meth:`Update.sums`; None without 𝔤."""
     wanted = {i: u for i, u in enumerate(updates) if u.group["rho"] is not None}
     found: dict[int, Tensor] = {}
-    for code, jobs in _by_code({i: u.job() for i, u in wanted.items()}):
+    for code, jobs in _by_code({i: u.job for i, u in wanted.items()}):
         found |= zip(jobs, code.group_squares(list(jobs.values())), strict=True)
     return [None if i not in wanted else found[i] if i in found else u.sums() for i, u in enumerate(updates)]
 
@@ -329,8 +331,8 @@ def move_all(updates: Sequence[Update], shares: Sequence[Tensor]) -> tuple[list[
     """
     moved: dict[int, Tensor] = {}
     whole: list[Tensor] = []
-    for code, jobs in _by_code({i: u.job(x) for i, (u, x) in enumerate(zip(updates, shares, strict=True))}):
-        masks, answers = code.advance(list(jobs.values()))
+    for code, jobs in _by_code({i: u.job for i, u in enumerate(updates)}):
+        masks, answers = code.advance([job._replace(share=shares[i]) for i, job in jobs.items()])
         moved |= zip(jobs, masks, strict=True)
         whole += answers
     for i, (update, share) in enumerate(zip(updates, shares, strict=True)):
