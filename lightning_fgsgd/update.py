@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
 from lightning_fgsgd import checks, eager, fused, fused_gpu
@@ -142,13 +143,13 @@ class Update:
 
         Weights that are gathered for the step have none here: :meth:`sums` and :meth:`move` do them one by one.
         """
-        shard, buffer = self.pom.shard, None
+        shard = self.pom.shard
         if not self.compiled or (shard is not None and shard.gathered):
             return None
-        buffer = self._buffer()
-        if shard is None:
-            return self._job(self.weight, self.grad, buffer)
-        return self._job(local(self.weight), local(self.grad), None if buffer is None else local(buffer))
+        weight, grad, buffer = self.weight, self.grad, self._buffer()
+        if isinstance(weight, DTensor):  # replicated ones too, which have no shard
+            weight, grad, buffer = local(weight), local(grad), None if buffer is None else local(buffer)
+        return self._job(weight, grad, buffer)
 
     def _job(self, weight: Tensor, grad: Tensor, buffer: Tensor | None) -> tuple[ModuleType, Job] | None:
         code = next((c for c in (fused_gpu, fused) if self.compiled and c.suits(self.pom, weight, grad, buffer)), None)
