@@ -127,7 +127,25 @@ constexpr int columns = 2, most = 8;
 static inline vec load(const real* from) { return *(const loose*)from; }
 static inline void store(real* to, vec x) { *(loose*)to = x; }
 static inline void clear(real (*z)[P]) { memset(z, 0, P * P * sizeof(real)); }
-static inline void copy(int64_t size, real* to, const real* from) { memcpy(to, from, size * sizeof(real)); }
+
+struct matrix {  // the rows of a block, and how far one is from the next
+  real* at;
+  int64_t pitch;
+  real* operator[](int64_t i) const { return at + i * pitch; }
+  matrix from(int64_t i) const { return {at ? (*this)[i] : nullptr, pitch}; }
+};
+
+// How far apart rows are of which many are read at once: whole lines of the cache, and of long rows an odd number of them.
+// Rows of a power of two numbers would push each other out of the first cache.
+static inline int64_t pitch_of(int64_t columns) {
+  constexpr int line = 64 / sizeof(real);
+  const int64_t lines = (columns + line - 1) / line;
+  return (lines < 16 ? lines : lines | 1) * line;
+}
+
+static inline void copy(int64_t n, matrix to, matrix from) {
+  for (int i = 0; i < P; ++i) memcpy(to[i], from[i], n * sizeof(real));
+}
 
 template <int N>  // N numbers: a multiple of the identity, a diagonal, or all of the matrix
 static inline void fill(real (*z)[P], const real* from) {
@@ -136,28 +154,63 @@ static inline void fill(real (*z)[P], const real* from) {
   for (int i = 0; i < P; ++i) z[i][i] = from[N == 1 ? 0 : i];
 }
 
-static inline void scale(int64_t size, real* out, const real* a, real x) {
-  for (int64_t i = 0; i < size; ++i) out[i] = a[i] * x;
+static inline void scale_row(int64_t n, real* out, const real* a, real x, const real* ahead) {
+  int64_t d = 0;
+  for (; d + L <= n; d += L) {
+    if (ahead) __builtin_prefetch(ahead + d, 0, 2);
+    store(out + d, x * load(a + d));
+  }
+  for (; d < n; ++d) out[d] = a[d] * x;
 }
 
-static inline void combine(int64_t size, real* out, const real* a, real x, const real* b, real y) {
-  for (int64_t i = 0; i < size; ++i) out[i] = a[i] * x + b[i] * y;
+static inline void combine_row(int64_t n, real* out, const real* a, real x, const real* b, real y, const real* ahead) {
+  int64_t d = 0;
+  for (; d + L <= n; d += L) {
+    if (ahead) __builtin_prefetch(ahead + d, 0, 2);
+    store(out + d, x * load(a + d) + y * load(b + d));
+  }
+  for (; d < n; ++d) out[d] = a[d] * x + b[d] * y;
 }
 
-static inline void choose(int64_t size, real* out, bool mask, const real* a, const real* b) {
-  memcpy(out, mask ? a : b, size * sizeof(real));
-}
-
-static inline real squares(int64_t size, const real* a) {
+static inline real product_of_rows(int64_t n, const real* a, const real* b, const real* ahead) {
   vec sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * L <= size; i += 4 * L)
-    UNROLLED for (int t = 0; t < 4; ++t) { const vec x = load(a + i + t * L); sums[t] += x * x; }
+  int64_t d = 0;
+  for (; d + 4 * L <= n; d += 4 * L)
+    UNROLLED for (int t = 0; t < 4; ++t) {
+      if (ahead) __builtin_prefetch(ahead + d + t * L, 0, 2);
+      sums[t] += load(a + d + t * L) * load(b + d + t * L);
+    }
+  for (; d + L <= n; d += L) sums[0] += load(a + d) * load(b + d);
   real sum = 0;
-  for (; i < size; ++i) sum += a[i] * a[i];
+  for (; d < n; ++d) sum += a[d] * b[d];
   const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   for (int t = 0; t < L; ++t) sum += all[t];
   return sum;
+}
+
+// All rows are one where they lie side by side.
+static inline bool joined(int64_t n, matrix a, matrix b) { return a.pitch == n && b.pitch == n; }
+
+static void scale(int64_t n, matrix out, matrix a, real x) {
+  if (joined(n, out, a)) return scale_row(n * P, out.at, a.at, x, nullptr);
+  for (int i = 0; i < P; ++i) scale_row(n, out[i], a[i], x, nullptr);
+}
+
+static void combine(int64_t n, matrix out, matrix a, real x, matrix b, real y, matrix ahead) {
+  if (joined(n, a, b) && out.pitch == n) return combine_row(n * P, out.at, a.at, x, b.at, y, ahead.at);
+  for (int i = 0; i < P; ++i) combine_row(n, out[i], a[i], x, b[i], y, ahead.from(i).at);
+}
+
+static real inner_product(int64_t n, matrix a, matrix b, matrix ahead) {
+  if (joined(n, a, b)) return product_of_rows(n * P, a.at, b.at, ahead.at);
+  real sum = 0;
+  for (int i = 0; i < P; ++i) sum += product_of_rows(n, a[i], b[i], ahead.from(i).at);
+  return sum;
+}
+
+// Of each row with the row in the same place.
+static void inner_products(int64_t n, matrix a, matrix b, real* z, matrix ahead) {
+  for (int i = 0; i < P; ++i) z[i] = product_of_rows(n, a[i], b[i], ahead.from(i).at);
 }
 
 // Sums of pairs of neighbours that are W apart, of both vectors in turn.
@@ -183,16 +236,16 @@ static inline void sums_of(vec* x, real* to) {
 }
 
 // Inner products of 4 rows with ``columns`` rows, all sums in registers.
-static inline void inner_of(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
+static inline void inner_of(int64_t n, matrix a, matrix b, real* z, matrix ahead) {
   vec sums[4 * columns] = {};
-  int64_t c = 0;
-  for (; c + L <= n; c += L) {
+  int64_t d = 0;
+  for (; d + L <= n; d += L) {
     vec y[columns];
-    UNROLLED for (int j = 0; j < columns; ++j) { y[j] = load(b + (j0 + j) * n + c); HOLD(y[j]); }
+    UNROLLED for (int j = 0; j < columns; ++j) { y[j] = load(b[j] + d); HOLD(y[j]); }
     UNROLLED for (int i = 0; i < 4; ++i) {
-      vec x = load(a + (i0 + i) * n + c);
+      vec x = load(a[i] + d);
       HOLD(x);
-      if (ahead) __builtin_prefetch(ahead + (i0 + i) * n + c, 0, 2);
+      if (ahead.at) __builtin_prefetch(ahead[i] + d, 0, 2);
       UNROLLED for (int j = 0; j < columns; ++j) sums[columns * i + j] += x * y[j];
     }
   }
@@ -201,83 +254,77 @@ static inline void inner_of(int64_t n, const real* a, const real* b, real (*z)[P
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < columns; ++j) {
       real sum = found[columns * i + j];
-      for (int64_t d = c; d < n; ++d) sum += a[(i0 + i) * n + d] * b[(j0 + j) * n + d];
-      z[i0 + i][j0 + j] = sum;
+      for (int64_t c = d; c < n; ++c) sum += a[i][c] * b[j][c];
+      z[i * P + j] = sum;
     }
 }
 
 // Of 4 rows with 4 rows.
-static inline void inner(int64_t n, const real* a, const real* b, real (*z)[P], int i0, int j0, const real* ahead) {
-  for (int j = 0; j < 4; j += columns) inner_of(n, a, b, z, i0, j0 + j, j ? nullptr : ahead);
+static inline void inner(int64_t n, matrix a, matrix b, real* z, matrix ahead) {
+  for (int j = 0; j < 4; j += columns) inner_of(n, a, b.from(j), z + j, j ? matrix{} : ahead);
 }
 
-static inline real inner_product(int64_t n, const real* a, const real* b) {
-  vec sums = {};
-  int64_t c = 0;
-  for (; c + L <= n; c += L) sums += load(a + c) * load(b + c);
-  real sum = 0;
-  for (int t = 0; t < L; ++t) sum += sums[t];
-  for (; c < n; ++c) sum += a[c] * b[c];
-  return sum;
-}
-
-static void gram(int64_t n, const real* a, const real* b, real (*z)[P], const real* ahead) {
+// The next block is fetched meanwhile, where ``ahead`` is given.
+template <bool symmetric>
+static void gram(int64_t n, matrix a, matrix b, real (*z)[P], matrix ahead) {
   constexpr int whole = P / 4 * 4;
-  for (int i = 0; i < whole; i += 4) for (int j = 0; j < whole; j += 4) inner(n, a, b, z, i, j, j ? nullptr : ahead);
+  for (int i = 0; i < whole; i += 4)
+    for (int j = symmetric ? i : 0; j < whole; j += 4)
+      inner(n, a.from(i), b.from(j), z[i] + j, j > (symmetric ? i : 0) ? matrix{} : ahead.from(i));
   for (int i = 0; i < P; ++i)
-    for (int j = i < whole ? whole : 0; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
-}
-
-static void symmetric_gram(int64_t n, const real* a, const real* b, real (*z)[P], const real* ahead) {
-  constexpr int whole = P / 4 * 4;
-  for (int i = 0; i < whole; i += 4) for (int j = i; j < whole; j += 4) inner(n, a, b, z, i, j, j > i ? nullptr : ahead);
-  for (int i = 0; i < P; ++i)
-    for (int j = i > whole ? i : whole; j < P; ++j) z[i][j] = inner_product(n, a + i * n, b + j * n);
-  for (int i = 0; i < P; ++i) for (int j = 0; j < i; ++j) z[i][j] = z[j][i];
+    for (int j = i < whole ? whole : symmetric ? i : 0; j < P; ++j) z[i][j] = product_of_rows(n, a[i], b[j], nullptr);
+  if (symmetric) for (int i = 0; i < P; ++i) for (int j = 0; j < i; ++j) z[i][j] = z[j][i];
 }
 
 // I rows of x · c + y · q z, a vector of columns at a time; rows of z before ``begin`` and from ``end`` on are zero there.
 template <int I>
-static inline void sums_of_rows(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
-                                int i0, int begin, int end, const real* ahead) {
+static inline void sums_of_rows(int64_t n, matrix out, matrix c, real x, real y, matrix q, const real (*z)[P], int i0,
+                                int begin, int end, matrix ahead) {
   real f[P][I];
   for (int j = begin; j < end; ++j) for (int i = 0; i < I; ++i) f[j][i] = y * z[j][i0 + i];
   int64_t d = 0;
   for (; d + L <= n; d += L) {
     vec sums[I];
-    UNROLLED for (int i = 0; i < I; ++i) sums[i] = c ? x * load(c + (i0 + i) * n + d) : vec{};
+    UNROLLED for (int i = 0; i < I; ++i) sums[i] = c.at ? x * load(c[i0 + i] + d) : vec{};
     for (int j = begin; j < end; ++j) {
-      const vec row = load(q + j * n + d);
-      if (ahead) __builtin_prefetch(ahead + j * n + d, 0, 2);
+      const vec row = load(q[j] + d);
+      if (ahead.at) __builtin_prefetch(ahead[j] + d, 0, 2);
       UNROLLED for (int i = 0; i < I; ++i) sums[i] += f[j][i] * row;
     }
-    UNROLLED for (int i = 0; i < I; ++i) store(out + (i0 + i) * n + d, sums[i]);
+    UNROLLED for (int i = 0; i < I; ++i) store(out[i0 + i] + d, sums[i]);
   }
   for (; d < n; ++d)
     for (int i = 0; i < I; ++i) {
-      real sum = c ? x * c[(i0 + i) * n + d] : real(0);
-      for (int j = begin; j < end; ++j) sum += f[j][i] * q[j * n + d];
-      out[(i0 + i) * n + d] = sum;
+      real sum = c.at ? x * c[i0 + i][d] : real(0);
+      for (int j = begin; j < end; ++j) sum += f[j][i] * q[j][d];
+      out[i0 + i][d] = sum;
     }
 }
 
 enum shape { full, upper, lower };
 
 template <shape S>
-static void apply(int64_t n, real* out, const real* c, real x, real y, const real* q, const real (*z)[P],
-                  const real* ahead) {
+static void apply(int64_t n, matrix out, matrix c, real x, real y, matrix q, const real (*z)[P], matrix ahead) {
   constexpr int many = S == full ? most : most / 2;  // fewer rows have more zeros in common
   constexpr int whole = P / many * many;
   for (int i = 0; i < whole; i += many)
-    sums_of_rows<many>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + many : P, i ? nullptr : ahead);
+    sums_of_rows<many>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + many : P, i ? matrix{} : ahead);
   for (int i = whole; i < P; ++i)
-    sums_of_rows<1>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + 1 : P, nullptr);
+    sums_of_rows<1>(n, out, c, x, y, q, z, i, S == lower ? i : 0, S == upper ? i + 1 : P, matrix{});
 }
 
-static inline void multiply(const real (*a)[P], const real (*b)[P], real (*z)[P]) {
+// x · c + y · q z, of a diagonal z.
+static void apply_diagonal(int64_t n, matrix out, matrix c, real x, real y, matrix q, const real* z, matrix ahead) {
+  for (int i = 0; i < P; ++i) {
+    if (c.at) combine_row(n, out[i], c[i], x, q[i], y * z[i], ahead.from(i).at);
+    else scale_row(n, out[i], q[i], y * z[i], ahead.from(i).at);
+  }
+}
+
+static inline void multiply(real (*a)[P], real (*b)[P], real (*z)[P]) {
   real transposed[P][P];
   for (int i = 0; i < P; ++i) for (int j = 0; j < P; ++j) transposed[j][i] = a[i][j];
-  apply<full>(P, z[0], nullptr, 0, 1, b[0], transposed, nullptr);
+  apply<full>(P, {z[0], P}, {}, 0, 1, {b[0], P}, transposed, {});
 }
 """
 

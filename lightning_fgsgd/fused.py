@@ -27,7 +27,7 @@ from lightning_fgsgd.grouping import SCHEMES
 from lightning_fgsgd.job import Job
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.source import Program, loop
-from lightning_fgsgd.source_blocks import BlockProgram, Rows, Square, block_loop
+from lightning_fgsgd.source_blocks import BlockProgram, Rows, block_loop
 from lightning_fgsgd.symbolic import WORTH_COMPILING, planes, upper_of, variant_of, written
 
 __all__ = ["advance", "available", "group_squares", "suits"]
@@ -117,12 +117,16 @@ def _threads(weight: Tensor) -> int:
 
 
 @functools.cache
-def _kernel(variant: tuple[Any, ...], kind: str) -> tuple[Any, int]:
-    """The compiled code of a variant; and of blocks, how many times a block's size it needs as room."""
+def _kernel(variant: tuple[Any, ...], kind: str) -> tuple[Any, Any]:
+    """The compiled code of a variant; and of blocks, how many numbers a thread needs as room, by the fan-in."""
     library = _compile((source if variant[0] else block_source)(variant, kind))
     library.kernel.argtypes = (ctypes.c_int64, ctypes.c_void_p)
     library.kernel.restype = None
-    return library.kernel, 0 if variant[0] else library.rooms()
+    if variant[0]:
+        return library.kernel, None
+    library.room_for.argtypes = (ctypes.c_int64,)
+    library.room_for.restype = ctypes.c_int64
+    return library.kernel, library.room_for
 
 
 def source(variant: tuple[Any, ...], kind: str) -> str:
@@ -153,16 +157,20 @@ def source(variant: tuple[Any, ...], kind: str) -> str:
 
 def block_source(variant: tuple[Any, ...], kind: str) -> str:
     """As :func:`source`, for blocks of p output neurons, of any fan-in."""
-    _, p, _, entries, has_radius, _, dtype = variant
-    program = BlockProgram(dtype, p)
-    upper, *inverse = (Square(program, x, shape="upper") for x in ("u", "inverse", "excess")) if entries else (None,)
-    found = written(program, variant, kind, lambda x: Rows(program, x), upper, inverse or None)
-    if kind == "squares":
-        program.store("out[k]", found[0])
-        return block_loop(program, entries, has_radius, buffer=False)
-    weights, momentum, _ = found
-    program.finish(w_new=weights, b_new=momentum)
-    return block_loop(program, entries, has_radius, buffer=momentum is not None)
+    _, p, names, entries, has_radius, _, dtype = variant
+    programs = []
+    for number, name in names:
+        program = BlockProgram(dtype, p, name)
+        places = (f"U + k * {entries}", f"V + k * {entries}", f"V + (count + k) * {entries}") if entries else ()
+        upper, *inverse = (program.stored(place, entries) for place in places) if places else (None,)
+        alone = (*variant[:2], ((number, name),), *variant[3:])
+        found = written(program, alone, kind, functools.partial(Rows, program), upper, inverse or None)
+        if kind == "squares":
+            program.store("out[k]", found[0])
+        else:
+            program.finish(w_new=found[0], b_new=found[1])
+        programs.append((number, program))
+    return block_loop(programs, has_radius, buffer=kind not in ("squares", "move"))
 
 
 # Calling it ----------------------------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ def _told(job: Job, kind: str) -> _Told:
     second = weight if job.buffer is None else job.buffer
     key = ("told", kind, job.metric, weight.dtype, weight.stride(), job.grad.stride(), second.stride())
     if key not in pom.layouts:
-        kernel, rooms = _kernel(variant_of(pom, weight, job.metric), kind)
+        kernel, room_for = _kernel(variant_of(pom, weight, job.metric), kind)
         of_pom: tuple[Tensor | None, ...]
         if cutting.small:
             layout = _layout(pom, weight, job.grad, second)
@@ -216,7 +224,7 @@ def _told(job: Job, kind: str) -> _Told:
         else:
             layout = array("q", (cutting.count, cutting.n))
             of_pom = (pom.upper, pom.inverse, None if pom.all_ones else pom.radius, pom.sets.manifold, pom.group)
-            room = rooms * cutting.n * cutting.p * weight.element_size(), cutting.count * weight.element_size()
+            room = room_for(cutting.n) * weight.element_size(), cutting.count * weight.element_size()
         pom.layouts[key] = _Told(kernel, layout, of_pom, tuple(map(_address, of_pom)), room)
     found: _Told = pom.layouts[key]
     return found

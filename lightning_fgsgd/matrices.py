@@ -95,9 +95,13 @@ class Planes:
         """The diagonal matrix of ``f`` of the diagonal."""
         return Planes([[f(x) if i == j else 0.0 for j, x in enumerate(row)] for i, row in enumerate(self.rows)])
 
+    def multiple(self, value: Value) -> Planes:
+        """``value`` times the identity, of this size."""
+        return self.diagonal(lambda _: value)
+
     def add_identity(self, value: float, factor: float) -> Planes:
         """factor times this, and value times the identity."""
-        return self * factor + self.diagonal(lambda _: value)
+        return self * factor + self.multiple(value)
 
     def where(self, mask: Value, other: Planes) -> Planes:
         """This where ``mask`` holds, the other elsewhere."""
@@ -179,7 +183,7 @@ def diagonal(m: Any, f: Callable[[Value], Value] = lambda x: x) -> Any:
 
 def multiple(value: Value, like: Any) -> Any:
     """``value`` times the identity; compact, (..., 1, 1), for a tensor."""
-    return value if isinstance(like, Tensor) else like.diagonal(lambda _: value)
+    return value if isinstance(like, Tensor) else like.multiple(value)
 
 
 def add_identity(m: Any, value: float, factor: float = 1.0) -> Any:

@@ -208,6 +208,10 @@ class Matrix(Symbol):
         entries = self._block.line("tl.sum(tl.where(eye, {}, 0.0), 1)[:, None]", self)
         return self._block.matrix("tl.where(eye, {}, 0.0)", f(entries))
 
+    def multiple(self, value: Value) -> Matrix:
+        """``value`` times the identity."""
+        return self.diagonal(lambda _: value)
+
     def add_identity(self, value: float, factor: float) -> Matrix:
         """factor times this, and value times the identity."""
         return self._block.matrix("{} * {} + tl.where(eye, {}, 0.0)", self, factor, value)

@@ -82,12 +82,24 @@ def optimizer_state(optimizer):
 @pytest.mark.parametrize("start", ["preserve", "random"])
 @pytest.mark.usefixtures("quickly_compiled")
 def test_compiled_blocks_of_any_size_equal_those_by_torchs_operations(start, block_size, layout):
+    blocks_agree(layout, block_size=block_size, start=start)
+
+
+@pytest.mark.parametrize(
+    "manifolds", [("sphere",), ("oblique",), ("oblique", "sphere"), ("euclidean", "stiefel", "oblique")], ids="-".join
+)
+@pytest.mark.usefixtures("quickly_compiled")
+def test_compiled_blocks_on_any_manifolds_equal_those_by_torchs_operations(manifolds):
+    blocks_agree(torch.contiguous_format, manifolds=manifolds, start="preserve", weight_decay=0.1)
+
+
+def blocks_agree(layout, **options):
     found = []
     for fused_ in (False, True):
         torch.manual_seed(3)
-        model = nn.Sequential(nn.Conv2d(9, 64, 3), nn.Linear(150, 128), nn.Conv2d(33, 70, 1)).to(torch.float64)
-        model.to(memory_format=layout)
-        options = {"cutting": "filter", "block_size": block_size, "start": start, "momentum": 0.9, "rescale": True}
+        model = nn.Sequential(nn.Conv2d(9, 64, 3), nn.Linear(150, 128), nn.Conv2d(33, 70, 1), nn.Linear(256, 48))
+        model.to(torch.float64).to(memory_format=layout)
+        options = {"cutting": "filter", "momentum": 0.9, "rescale": True, **options}
         optimizer = run(model, fused_, **options)
         found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
         assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
