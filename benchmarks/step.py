@@ -43,14 +43,14 @@ def fgsgd(model: nn.Module, fused: bool, **settings: Any) -> Callable[[], Any]:
     return FGSGD(pom_param_groups(mine, **settings), lr=1e-3, momentum=0.9, fused=fused).step
 
 
-def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:
+def peers(model: nn.Module, muon: bool = True) -> dict[str, Callable[[], Any]]:
     """Steps of torch's SGD, and of Muon on the weights of Linear layers."""
     mine = with_gradients(model)
     arms: dict[str, Callable[[], Any]] = {
         "torch SGD": torch.optim.SGD(mine.parameters(), lr=1e-3, momentum=0.9, foreach=True).step
     }
     linear = [m.weight for m in with_gradients(model).modules() if isinstance(m, nn.Linear)]
-    if len(linear) > 1 and hasattr(torch.optim, "Muon"):
+    if muon and len(linear) > 1 and hasattr(torch.optim, "Muon"):
         arms["torch Muon, Linear weights only"] = torch.optim.Muon(linear, lr=1e-3).step
     return arms
 
@@ -129,6 +129,9 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=list(MODELS))
     options.add_argument("--no-eager", action="store_true", help="leave out fused=False")
     options.add_argument(
+        "--no-muon", action="store_true", help="leave out Muon, which is very slow where products in bfloat16 are"
+    )
+    options.add_argument(
         "--no-kernels", action="store_true", help="leave out the 3x3 kernels of ResNet-18 on their own"
     )
     args = options.parse_args()
@@ -136,7 +139,8 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = harness.copy_bandwidth(device)
     print(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
-    found = []
+    found: list[dict[str, Any]] = []
+    where = harness.environment(device) | {"copy_bandwidth_GBps": bandwidth / 1e9}
     for name in args.models:
         for layout in ("channels_last", "contiguous"):
             model = timm.create_model(name).to(device)
@@ -145,12 +149,13 @@ def main() -> None:
                 if not convolutional:
                     continue
                 model.to(memory_format=torch.channels_last)
-            arms = {**peers(model), **ours(model, not args.no_eager and device.type == "cpu")}
+            arms = {**peers(model, not args.no_muon), **ours(model, not args.no_eager and device.type == "cpu")}
             rows = harness.rows(harness.interleaved(arms, args.rounds, device), "torch SGD", model=name, layout=layout)
             for row in rows:
                 row["roofline_ms"] = roofline(model, row["arm"], bandwidth)
             found += rows
             print(harness.table(rows, COLUMNS), flush=True)
+            harness.write(args.out, "step", found, where)
     if not args.no_kernels:
         arms = kernels(timm.create_model("resnet18").to(device))
         rows = harness.rows(
@@ -161,7 +166,6 @@ def main() -> None:
         )
         found += rows
         print(harness.table(rows, COLUMNS))
-    where = harness.environment(device) | {"copy_bandwidth_GBps": bandwidth / 1e9}
     harness.write(args.out, "step", found, where)
     _figure(found, args.out / "step.png")
 
