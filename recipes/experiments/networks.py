@@ -1,4 +1,4 @@
-"""The networks of the experiments: a small residual network to train from scratch, or a pretrained timm model."""
+"""The networks of the experiments: a small residual network, or a timm model, from scratch or pretrained."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from recipes.model import load_weights
 
 
 def build(num_classes: int, name: str, pretrained: bool | str = False, **options: Any) -> nn.Module:
-    """``"cifar_resnet"`` with its options, or a timm model by its name; with a new head, but for the former's own.
+    """``"cifar_resnet"`` with its options, or a timm model by its name.
 
     Args:
-        num_classes: outputs of the network.
+        num_classes: outputs of a network from scratch; a pretrained one comes with the head that it was trained with.
         name: of the network.
         pretrained: as in :class:`recipes.model.LitClassifier`.
-        options: of :func:`cifar_resnet`, or of ``timm.create_model``.
+        options: of :func:`cifar_resnet`, or of ``timm.create_model``; from scratch, images have one channel (``in_chans``).
     """
     if name == "cifar_resnet":
         return cifar_resnet(num_classes, **options)
+    if not pretrained:
+        return timm.create_model(name, **{"num_classes": num_classes, "in_chans": 1, **options})
     net: Any = timm.create_model(name, pretrained=pretrained is True, **options)
     if isinstance(pretrained, str):
         load_weights(net, pretrained)

@@ -218,9 +218,10 @@ def train(
 
     seed_everything(seed, verbose=False)
     net = build(data.num_classes, **network)
-    expects: dict[str, Any] = GREY if network["name"] == "cifar_resnet" else resolve_model_data_config(net)
+    expects: dict[str, Any] = GREY
     kept = None
     if network.get("pretrained"):
+        expects = resolve_model_data_config(net)
         kept = Kept(net, data, Classifier(net, "sgd", {}, expects).normalize)
         net.reset_classifier(data.num_classes)  # type: ignore[operator]
     for norm in (m for m in net.modules() if isinstance(m, _BatchNorm) and bn_momentum is not None):
