@@ -28,6 +28,7 @@ def sgd(
     decay_kernels: bool = True,
     decay: str = "all",
     head_alone: bool = False,
+    unit_rows: bool = False,
 ) -> Optimizer:
     """torch's SGD; with ``layer_decay``, timm's rates that fall from the head to the input.
 
@@ -38,7 +39,13 @@ def sgd(
         decay_kernels: whether weight decay acts on the kernels and matrices of all layers but the head.
         decay: ``"all"``, or ``"head"``: weight decay acts on the classifier alone.
         head_alone: train the classifier on the features as they are.
+        unit_rows: start with each output channel's weights of norm 1, as ``start="project"`` does on spheres: tells what a
+            start is worth from what the manifolds are.
     """
+    if unit_rows:
+        for layer in _constrainable(net):
+            with torch.no_grad():
+                layer.weight.div_(layer.weight.flatten(1).norm(dim=1).view(-1, *[1] * (layer.weight.ndim - 1)))
     if decay not in ("all", "head"):
         raise ValueError(f"decay: unknown choice {decay!r}; choose from 'all', 'head'")
     groups: Any = net.parameters()

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models.resnet import BasicBlock, ResNet
-from torch import nn
+from torch import Tensor, nn
 
 from recipes.model import load_weights
 
@@ -31,12 +32,29 @@ def build(num_classes: int, name: str, pretrained: bool | str = False, **options
     return net
 
 
+class Affine(nn.Module):
+    """A gain and a bias for each channel of (N, C, H, W): what batch norm learns, without what it normalises by.
+
+    The gains that end a residual branch start at 0, as those of timm's batch norms do: each block begins as the identity.
+    """
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, **options))
+        self.bias = nn.Parameter(torch.zeros(channels, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` times the gains, plus the biases."""
+        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
 def cifar_resnet(
     num_classes: int,
     blocks: Sequence[int] = (1, 1, 1),
     channels: Sequence[int] = (16, 32, 64),
     stem_stride: int = 1,
     in_chans: int = 1,
+    norm: str = "batch",
     **options: Any,
 ) -> nn.Module:
     """timm's ResNet for small images: a 3x3 convolution and no pooling before the stages, two convolutions a block.
@@ -47,12 +65,17 @@ def cifar_resnet(
         channels: of each stage.
         stem_stride: of the first convolution.
         in_chans: channels of the images.
+        norm: ``"batch"``, or ``"affine"``: no normalisation, each channel has a gain and a bias in its place.
         options: further ones of timm's ResNet.
     """
     if len(blocks) != len(channels) or len(blocks) not in (3, 4):
         raise ValueError(
             f"network: blocks {list(blocks)} and channels {list(channels)} are not of three or four stages"
         )
+    if norm not in ("batch", "affine"):
+        raise ValueError(f"network.norm: unknown choice {norm!r}; choose from 'batch', 'affine'")
+    if norm == "affine":
+        options["norm_layer"] = Affine
     # timm gives the stages what its deep stem puts out: that one is replaced at once by a single convolution.
     net: Any = ResNet(
         BasicBlock,  # type: ignore[arg-type,unused-ignore]  # an instance, says timm's annotation

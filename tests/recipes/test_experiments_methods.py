@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 
+from lightning_fgsgd import FGSGD, pom_param_groups
 from recipes.experiments.methods import BASELINES, L2SP, adamw, geoopt_stiefel, l2sp, muon, sgd, weight_norm
 from recipes.experiments.networks import build, cifar_resnet
 
@@ -98,6 +99,17 @@ def test_with_a_head_that_is_decayed_alone_the_rest_is_stepped_without_decay():
         sgd(net, lr=0.1, decay="tail")
     with pytest.raises(ValueError, match="decay: head goes with no layer_decay, decay_kernels or head_alone"):
         sgd(net, lr=0.1, decay="head", layer_decay=0.5)
+
+
+def test_unit_rows_are_where_project_puts_filters_on_spheres():
+    net = network()
+    wanted = copy.deepcopy(net)
+    FGSGD(
+        pom_param_groups(wanted, start="project", cutting="filter", block_size=1, manifolds=("sphere",), seed=0), lr=0.1
+    )
+    sgd(net, lr=0.1, unit_rows=True)
+    for (name, p), q in zip(net.named_parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda told, name=name: f"{name}: {told}")
 
 
 def test_with_the_head_alone_nothing_else_is_trained():
@@ -198,6 +210,30 @@ def test_a_cifar_resnet_has_the_depth_and_the_maps_of_the_papers(blocks, depth):
 def test_a_network_of_other_than_three_or_four_stages_is_refused():
     with pytest.raises(ValueError, match="blocks \\[1, 1\\] and channels \\[8, 8, 8\\]"):
         cifar_resnet(10, (1, 1), (8, 8, 8))
+
+
+def test_without_norms_a_block_begins_as_the_identity_and_its_gains_are_learned():
+    torch.manual_seed(0)
+    net = cifar_resnet(10, (1, 1, 1), (8, 8, 16), norm="affine")
+    assert not [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    x = torch.randn(4, 1, 12, 12)
+    stem = (3 * net.conv1(x)).relu()
+    net.bn1.weight.data.fill_(3.0)
+    torch.testing.assert_close(net.layer1(net.act1(net.bn1(net.conv1(x)))), stem)
+    net.bn1.bias.data[2] = 5.0
+    torch.testing.assert_close(net.bn1(x.expand(4, 8, 12, 12))[:, 2], 3 * x[:, 0] + 5)
+    gradients(net)
+    assert all(p.grad is not None for p in net.parameters()), "gains and biases are trained"
+
+
+def test_a_norm_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"network\.norm: unknown choice 'layer'; choose from 'batch', 'affine'"):
+        cifar_resnet(10, norm="layer")
+
+
+def test_a_timm_network_from_scratch_has_the_tasks_classes_and_takes_grey_images():
+    net = build(10, "vit_tiny_patch16_224", img_size=28, patch_size=7, embed_dim=16, depth=1, num_heads=1)
+    assert net(torch.randn(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_a_pretrained_network_has_its_own_head():
