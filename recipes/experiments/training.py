@@ -61,7 +61,8 @@ class Classifier(FGSGDMixin, LightningModule):
         power: that the half cosine is taken to: less than 1 falls later. Under weight decay a filter that batch norm
             follows turns by an angle that goes as the square root of the learning rate (Kosson et al. 2024), on a sphere
             as the rate itself.
-        euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another.
+        euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another; with ``layer_decay``
+            that of the last layer.
         frozen_norms: batch norm keeps its running statistics while training.
         pull: strength of a pull of all parameters but the head's towards where they started: L2-SP's penalty
             pull/2 · ‖w − w⁰‖² in the loss, for any method.
@@ -153,7 +154,7 @@ class Classifier(FGSGDMixin, LightningModule):
         """Linear warm-up, then half a cosine to 0, step by step."""
         for group in optimizer.param_groups:
             if self.euclidean_lr is not None and group.get("name", "").startswith("euclidean"):
-                group["lr"] = self.euclidean_lr
+                group["lr"] = self.euclidean_lr * group.get("lr_factor", 1.0)
         total = int(self.trainer.estimated_stepping_batches)
         rising = max(round(self.warmup * total), 1)
 
