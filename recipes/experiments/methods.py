@@ -35,7 +35,7 @@ def sgd(
     Args:
         net: the network.
         lr, momentum, nesterov, weight_decay: of ``torch.optim.SGD``.
-        layer_decay: factor from each layer to the one before it.
+        layer_decay: factor of the rate from each layer to the one before it.
         decay_kernels: whether weight decay acts on the kernels and matrices of all layers but the head.
         decay: ``"all"``, or ``"head"``: weight decay acts on the classifier alone.
         head_alone: train the classifier on the features as they are.
@@ -50,13 +50,9 @@ def sgd(
         raise ValueError(f"decay: unknown choice {decay!r}; choose from 'all', 'head'")
     groups: Any = net.parameters()
     if decay == "head":
-        if layer_decay is not None or not decay_kernels or head_alone:
-            raise ValueError("decay: head goes with no layer_decay, decay_kernels or head_alone; it has one rule")
-        head = set(head_of(net).parameters())
-        groups = [
-            {"params": list(head)},
-            {"params": [p for p in net.parameters() if p not in head], "weight_decay": 0.0},
-        ]
+        if not decay_kernels or head_alone:
+            raise ValueError("decay: head goes with no decay_kernels or head_alone; it has one rule")
+        return torch.optim.SGD(_head_alone_decayed(net, lr, weight_decay, layer_decay), lr, momentum, nesterov=nesterov)
     if head_alone:
         if layer_decay is not None or not decay_kernels:
             raise ValueError(
@@ -106,15 +102,36 @@ class L2SP(torch.optim.SGD):
 
 
 def l2sp(
-    net: nn.Module, lr: float, alpha: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+    net: nn.Module,
+    lr: float,
+    alpha: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
 ) -> Optimizer:
     """SGD with a pull of strength ``alpha`` towards the pretrained weights; ``weight_decay`` is of the new head alone."""
     head = set(head_of(net).parameters())
-    groups = [
-        {"params": [p for p in net.parameters() if p not in head], "weight_decay": 0.0},
-        {"params": list(head), "weight_decay": weight_decay},
-    ]
+    groups = _head_alone_decayed(net, lr, weight_decay, layer_decay)
     return L2SP(groups, alpha=alpha, new=head, lr=lr, momentum=momentum, nesterov=nesterov)
+
+
+def _head_alone_decayed(
+    net: nn.Module, lr: float, weight_decay: float, layer_decay: float | None
+) -> list[dict[str, Any]]:
+    """Groups in which weight decay is the classifier's alone, with timm's rates by layer where ``layer_decay`` is given."""
+    head = set(head_of(net).parameters())
+    scales: dict[Tensor, float] = {}
+    if layer_decay is not None:
+        by_layer = param_groups_layer_decay(net, layer_decay=layer_decay)
+        scales = {p: group["lr_scale"] for group in by_layer for p in group["params"]}
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for p in net.parameters():
+        groups.setdefault((scales.get(p, 1.0), p in head), []).append(p)
+    return [
+        {"params": params, "lr": lr * scale, "weight_decay": weight_decay if new else 0.0}
+        for (scale, new), params in groups.items()
+    ]
 
 
 def weight_norm(net: nn.Module, **options: Any) -> Optimizer:

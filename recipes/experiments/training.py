@@ -61,8 +61,8 @@ class Classifier(FGSGDMixin, LightningModule):
         power: that the half cosine is taken to: less than 1 falls later. Under weight decay a filter that batch norm
             follows turns by an angle that goes as the square root of the learning rate (Kosson et al. 2024), on a sphere
             as the rate itself.
-        euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another; with ``layer_decay``
-            that of the last layer.
+        euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another; that of the last
+            layer, with ``layer_decay``.
         frozen_norms: batch norm keeps its running statistics while training.
         pull: strength of a pull of all parameters but the head's towards where they started: L2-SP's penalty
             pull/2 · ‖w − w⁰‖² in the loss, for any method.

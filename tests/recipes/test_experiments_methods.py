@@ -97,8 +97,21 @@ def test_with_a_head_that_is_decayed_alone_the_rest_is_stepped_without_decay():
         torch.testing.assert_close(ours, expected)
     with pytest.raises(ValueError, match="decay: unknown choice 'tail'; choose from 'all', 'head'"):
         sgd(net, lr=0.1, decay="tail")
-    with pytest.raises(ValueError, match="decay: head goes with no layer_decay, decay_kernels or head_alone"):
-        sgd(net, lr=0.1, decay="head", layer_decay=0.5)
+    with pytest.raises(ValueError, match="decay: head goes with no decay_kernels or head_alone"):
+        sgd(net, lr=0.1, decay="head", decay_kernels=False)
+
+
+@pytest.mark.parametrize("method", ["sgd", "l2sp"])
+def test_with_a_head_that_is_decayed_alone_rates_can_fall_towards_the_input(method):
+    net = timm.create_model("tf_efficientnet_lite0", num_classes=10)
+    options = {"decay": "head"} if method == "sgd" else {"alpha": 3.0}
+    groups = BASELINES[method](net, lr=0.5, weight_decay=0.1, layer_decay=0.7, **options).param_groups
+    expected = sgd(net, lr=0.5, weight_decay=0.01, layer_decay=0.7).param_groups
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    assert rates == {p: pytest.approx(group["lr"]) for group in expected for p in group["params"]}
+    decayed = {p for group in groups for p in group["params"] if group["weight_decay"] == 0.1}
+    assert decayed == set(net.classifier.parameters())
+    assert all(group["weight_decay"] in (0.0, 0.1) and group["momentum"] == 0.9 for group in groups)
 
 
 def test_unit_rows_are_where_project_puts_filters_on_spheres():

@@ -192,7 +192,15 @@ def test_unconstrained_parameters_can_have_a_learning_rate_of_their_own(watched)
 def test_with_rates_that_fall_towards_the_input_so_does_that_of_the_unconstrained(watched):
     seen = {}
     watched(before_batch=lambda trainer: seen.update({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups}))
-    config = {**SMALL, "epochs": 1, "method": "fgsgd", "lr": 0.4, "euclidean_lr": 0.1, "layer_decay": 0.5, "warmup": 0.0}
+    config = {
+        **SMALL,
+        "epochs": 1,
+        "method": "fgsgd",
+        "lr": 0.4,
+        "euclidean_lr": 0.1,
+        "layer_decay": 0.5,
+        "warmup": 0.0,
+    }
     train(config, 0, test=False, root="")
     last = seen["euclidean"]
     factors = {name: float(name.rpartition("lr x ")[2]) for name in seen if "lr x" in name}
