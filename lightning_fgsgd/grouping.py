@@ -73,7 +73,7 @@ def draw_index_sets(
     cutting: Cutting,
     scheme: str,
     manifolds: Sequence[str],
-    groups: int | None = None,
+    groups: int | str | None = None,
     *,
     generator: torch.Generator,
 ) -> IndexSets:
@@ -85,7 +85,7 @@ def draw_index_sets(
         manifolds: names of the M manifolds to share out.
         groups: number of groups in each pool. By default M, and every group then has one manifold. With fewer groups
             than manifolds a group's components are dealt to all the manifolds: a POM of non-identical manifolds. A
-            pool with fewer components than groups gets one group a component.
+            pool with fewer components than groups gets one group a component, as all do with ``"each"``.
         generator: source of the draws, on the CPU.
 
     Within a pool the sizes of the groups differ by at most one, and so do the numbers of groups that each manifold
@@ -96,7 +96,8 @@ def draw_index_sets(
     order = pool.argsort(stable=True) if pools > 1 else torch.arange(cutting.count, device="cpu")
     members = order.reshape(pools, -1)  # all pools of a layer have the same size
     size = members.shape[1]
-    per_pool = min(len(manifolds) if groups is None else groups, size)
+    wanted = {None: len(manifolds), "each": size}.get(groups, groups)
+    per_pool = min(int(wanted), size)
 
     slot = _deal(pools, size, per_pool, generator)
     if per_pool >= len(manifolds) or groups is None or per_pool == size:

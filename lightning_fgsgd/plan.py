@@ -83,7 +83,7 @@ def pom_param_groups(
     start: str = "preserve",
     cutting: str = "kernel",
     block_size: int = 16,
-    groups: int | None = None,
+    groups: int | str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -113,7 +113,8 @@ def pom_param_groups(
             ``"project"`` moves them to the nearest point of the unit manifolds; ``"random"`` draws uniform points.
         cutting: ``"kernel"`` (each k x k kernel is a component) or ``"filter"`` (blocks of output neurons).
         block_size: largest number p of output neurons in a block.
-        groups: number of groups in each pool; by default one per manifold.
+        groups: number of groups in each pool; by default one per manifold. ``"each"`` component can be a group of its own,
+            with a step size (Eq. 5) of its own.
         include: patterns of the parameters to constrain; all by default. A pattern that names a weight also lifts the head
             rule below for it, if it is ``"timm:head"`` or the parameter's very name.
         exclude: patterns of the parameters to leave Euclidean. A classifier head (``get_classifier`` of a timm
@@ -220,10 +221,10 @@ def draw_plan(
         if mine["groups"] is settings["groups"]:
             largest_pool = max(largest_pool, pool_size(cut, mine["scheme"]))
     wanted = settings["groups"]
-    if wanted is not None and plan.weights and wanted > largest_pool > 0:
+    if isinstance(wanted, int) and plan.weights and wanted > largest_pool > 0:
         raise ValueError(
             f"groups: {wanted} groups were asked for, but the largest pool of scheme={settings['scheme']!r} has only "
-            f"{largest_pool} components; choose groups between 1 and {largest_pool}, or None for one group per manifold"
+            f"{largest_pool} components; choose groups between 1 and {largest_pool}, 'each', or None for one per manifold"
         )
     return plan
 
@@ -356,7 +357,13 @@ def check_override(pattern: str, change: Any, settings: dict[str, Any], seed: in
 
 
 def check_choices(
-    scheme: str, manifolds: Sequence[str], start: str, cutting: str, block_size: int, groups: int | None, seed: int
+    scheme: str,
+    manifolds: Sequence[str],
+    start: str,
+    cutting: str,
+    block_size: int,
+    groups: int | str | None,
+    seed: int,
 ) -> None:
     for argument, value, choices in (
         ("scheme", scheme, SCHEMES),
@@ -373,8 +380,11 @@ def check_choices(
         get_manifold(manifold)
     if len(set(manifolds)) != len(manifolds):
         raise ValueError(f"manifolds: {tuple(manifolds)} names one twice; give each manifold once")
-    for argument, count in (("block_size", block_size), ("groups", groups)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"{argument}: {count!r} is not a whole number of at least 1")
+    counts: list[tuple[str, Any, str]] = [("block_size", block_size, ""), ("groups", groups, ", 'each' or None")]
+    for argument, count, other in counts:
+        if other and count in ("each", None):
+            continue
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{argument}: {count!r} is not a whole number of at least 1{other}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed: {seed!r} is not a whole number")

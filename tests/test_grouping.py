@@ -73,6 +73,17 @@ def test_more_groups_than_manifolds_share_the_manifolds_evenly():
     assert sorted(of_group.values()) == [2, 2, 3]
 
 
+@pytest.mark.parametrize("scheme", ["pi", "po", "pio"])
+def test_each_component_can_be_a_group_of_its_own(scheme):
+    layer = nn.Conv2d(4, 6, 3)
+    cutting, sets = draw(layer, scheme, groups="each")
+    assert sorted(members(sets)) == [[i] for i in range(24)]
+    most = pool_size(cutting, scheme)
+    _, counted = draw(layer, scheme, groups=most)
+    assert torch.equal(sets.group, counted.group)
+    assert torch.equal(sets.manifold, counted.manifold)
+
+
 def test_the_seed_decides():
     layer = nn.Conv2d(8, 8, 3)
     a, b, c = (draw(layer, "pio", seed=seed)[1] for seed in (0, 0, 1))

@@ -78,7 +78,9 @@ def test_timm_families_are_constrained_mostly(name):
         ({"cutting": "rows"}, "cutting: unknown cutting 'rows'; choose from 'kernel', 'filter'"),
         ({"block_size": 0}, "block_size: 0 is not a whole number of at least 1"),
         ({"block_size": 2.5}, "block_size: 2.5 is not"),
-        ({"groups": 0}, "groups: 0 is not a whole number of at least 1"),
+        ({"groups": 0}, "groups: 0 is not a whole number of at least 1, 'each' or None"),
+        ({"groups": "all"}, "groups: 'all' is not a whole number of at least 1, 'each' or None"),
+        ({"block_size": "each"}, "block_size: 'each' is not a whole number of at least 1$"),
         (
             {"groups": 41},
             r"groups: 41 groups were asked for, .* has only 40 components; choose groups between 1 and 40",

@@ -44,7 +44,7 @@ class POMGrouping(Callback):
         start: str = "preserve",
         cutting: str = "kernel",
         block_size: int = 16,
-        groups: int | None = None,
+        groups: int | str | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
