@@ -96,8 +96,7 @@ def draw_index_sets(
     order = pool.argsort(stable=True) if pools > 1 else torch.arange(cutting.count, device="cpu")
     members = order.reshape(pools, -1)  # all pools of a layer have the same size
     size = members.shape[1]
-    wanted = {None: len(manifolds), "each": size}.get(groups, groups)
-    per_pool = min(int(wanted), size)
+    per_pool = size if groups == "each" else min(len(manifolds) if groups is None else int(groups), size)
 
     slot = _deal(pools, size, per_pool, generator)
     if per_pool >= len(manifolds) or groups is None or per_pool == size:
