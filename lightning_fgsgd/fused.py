@@ -39,7 +39,6 @@ _FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 _MOST_ROWS = 64  # output neurons in a block up to which its p x p matrices stay in the first cache
-_MOST_SLOTS = 16  # groups in a pool up to which the loop finds a component's group by comparing
 
 
 def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
@@ -58,8 +57,7 @@ def _suits(pom: POM, tensors: list[Tensor]) -> bool:
     if any(x.dtype != weight.dtype or x.device != weight.device or pom.cutting.view(x) is None for x in tensors):
         return False
     if pom.cutting.small:
-        few = pom.cutting.n * pom.cutting.p > 16 and pom.cutting.count < WORTH_COMPILING
-        return not few and pom.sets.groups_in_pool <= _MOST_SLOTS and pom.sets.slot.dtype == torch.uint8
+        return pom.cutting.n * pom.cutting.p <= 16 or pom.cutting.count >= WORTH_COMPILING
     return (
         pom.cutting.kind == "filter"
         and pom.cutting.p <= _MOST_ROWS
@@ -247,7 +245,9 @@ def _layout(pom: POM, *tensors: Tensor) -> array[int]:
     offsets = [
         i * v.stride(-2) + j * v.stride(-1) for v in views for i in range(v.shape[-2]) for j in range(v.shape[-1])
     ]
-    return array("q", (pom.cutting.count, pom.sets.groups_in_pool, pom.num_groups, *sizes, *strides, *offsets))
+    wide = pom.sets.slot.dtype != torch.uint8
+    counts = pom.cutting.count, pom.sets.groups_in_pool, wide, pom.num_groups
+    return array("q", (*counts, *sizes, *strides, *offsets))
 
 
 def _axes(pom: POM, strides: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_fgsgd.factors import inverse_in_two_terms, unpack_upper
 from lightning_fgsgd.job import Job
 from lightning_fgsgd.pom import POM
-from lightning_fgsgd.source_gpu import NUMBERS, TOTAL, TritonProgram, lane_kernel
+from lightning_fgsgd.source_gpu import NUMBERS, TOTAL, Pools, TritonProgram, lane_kernel
 from lightning_fgsgd.source_tiles import BlockTiles, Matrix, Tiles, block_kernel
 from lightning_fgsgd.symbolic import planes, upper_of, variant_of, written
 
@@ -29,7 +29,7 @@ __all__ = ["advance", "available", "group_squares", "suits"]
 
 _LANE = 9  # entries of the largest kernel that one lane works on: code for a 4x4 one takes half a minute to compile
 _MOST_ROWS = 32  # of a larger kernel, or a block: likewise, minutes for 64
-_MOST_SLOTS = 16  # groups in a pool
+_MOST_SLOTS = 16  # groups in a pool up to which programs sum up their squared norms
 _LANES = 128  # kernels that a program works on, one to a thread
 _TILE = 64  # columns of a block that are worked on together
 _PRECISION = "ieee"  # of products: all of float32
@@ -50,8 +50,7 @@ def suits(pom: POM, weight: Tensor, *others: Tensor | None) -> bool:
     key = ("suits", *(x.stride() for x in tensors), *(x.device for x in tensors))
     if key not in pom.layouts:
         here = all(x.device == weight.device and _strides(pom, x) is not None for x in tensors)
-        few = pom.sets.groups_in_pool <= _MOST_SLOTS and pom.sets.slot.dtype == torch.uint8
-        pom.layouts[key] = here and few and (_by_lanes(pom) or pom.cutting.p <= _MOST_ROWS)
+        pom.layouts[key] = here and (_by_lanes(pom) or pom.cutting.p <= _MOST_ROWS)
     return bool(pom.layouts[key])
 
 
@@ -84,7 +83,7 @@ def group_squares(jobs: Sequence[Job]) -> list[Tensor]:
     for key, members in _alike(jobs, "squares").items():
         launch = Launch(key, [jobs[i] for i in members], torch.float32)
         launch.run(None)
-        if key.pool == "0":
+        if key.pool.few:
             found |= zip(members, launch.sums(), strict=True)
         else:
             parts = launch.out.split(launch.sizes)
@@ -126,7 +125,7 @@ class Key(NamedTuple):
 
     variant: tuple[Any, ...]
     kind: str
-    pool: str
+    pool: Pools
     reads_by: str
     dense: bool
     device: torch.device
@@ -148,7 +147,9 @@ def _alike(jobs: Sequence[Job], kind: str | None) -> dict[Key, list[int]]:
 def _key(job: Job, kind: str) -> Key:
     pom, cutting = job.pom, job.pom.cutting
     first, second = ("by_first", "by_second") if cutting.transposed else ("by_second", "by_first")
-    pool = {"pi": first, "po": second}.get(pom.sets.scheme, "0") if cutting.kind == "kernel" else "0"
+    counted = {"pi": first, "po": second}.get(pom.sets.scheme, "0") if cutting.kind == "kernel" else "0"
+    few = kind == "squares" and counted == "0" and pom.sets.groups_in_pool <= _MOST_SLOTS
+    pool = Pools(counted, str(pom.sets.slot.dtype).removeprefix("torch."), few)
     reads_by = "k" if cutting.kind == "filter" or len(pom._radius) == cutting.count else first
     variant = variant_of(pom, job.weight, job.metric)
     dense = False
@@ -160,17 +161,17 @@ def _key(job: Job, kind: str) -> Key:
 
 
 @functools.cache
-def _kernel(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str, dense: bool) -> Any:
+def _kernel(variant: tuple[Any, ...], kind: str, pool: Pools, reads_by: str, dense: bool) -> Any:
     make = source if variant[0] else functools.partial(block_source, dense=dense)
     return _load(make(variant, kind, pool, reads_by))
 
 
-def source(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str) -> str:
+def source(variant: tuple[Any, ...], kind: str, pool: Pools, reads_by: str) -> str:
     """Triton code of one of the functions of a step, see :func:`lightning_fgsgd.fused.source`."""
     n, p, _, entries, has_radius, _, _ = variant
     program = TritonProgram()
     found = written(program, variant, kind, lambda x: planes(program, x, n, p), upper_of(program, entries, p, ""))
-    layout = {"pool": pool, "reads_by": reads_by}
+    layout: dict[str, Any] = {"pool": pool, "reads_by": reads_by}
     if kind == "squares":
         return lane_kernel(program, n, p, entries, has_radius, reads=("w", "g"), results={"q": found[0]}, **layout)
     weights, momentum, within = found
@@ -181,13 +182,13 @@ def source(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str) -> str
     return lane_kernel(program, n, p, entries, has_radius, reads=reads, results=results, **layout)
 
 
-def block_source(variant: tuple[Any, ...], kind: str, pool: str, reads_by: str, dense: bool) -> str:
+def block_source(variant: tuple[Any, ...], kind: str, pool: Pools, reads_by: str, dense: bool) -> str:
     """As :func:`source`, for blocks of p output neurons, of any fan-in, and for larger kernels."""
     _, p, _, entries, has_radius, _, _ = variant
     program = BlockTiles(p, dense)
     upper, *inverse = (Matrix(program, x) for x in ("u", "inverse", "excess")) if entries else (None,)
     found = written(program, variant, kind, lambda x: Tiles(program, name=x), upper, inverse or None)
-    layout = {"pool": pool, "reads_by": reads_by}
+    layout: dict[str, Any] = {"pool": pool, "reads_by": reads_by}
     if kind == "squares":
         return block_kernel(program, entries, has_radius, weights=None, momentum=None, square=found[0], **layout)
     weights, momentum, _ = found
@@ -205,7 +206,7 @@ class Launch:
         self.jobs = jobs
         programs = [-(-job.pom.cutting.count // _LANES) if key.variant[0] else job.pom.cutting.count for job in jobs]
         self.sizes = [job.pom.cutting.count for job in jobs]
-        if key.kind == "squares" and key.pool == "0":  # sums by program
+        if key.pool.few:  # sums by program
             self.sizes = [n * job.pom.sets.groups_in_pool for n, job in zip(programs, jobs, strict=True)]
         self.groups = [job.pom.num_groups for job in jobs]
         self.programs = sum(programs)

@@ -11,6 +11,7 @@ from lightning_fgsgd.cpp import PACKING, VECTORS, each_weight
 
 __all__ = ["Program", "Symbol", "loop"]
 
+_MOST_SLOTS = 16  # groups in a pool up to which a component's group is found by comparing
 _TILE = 64  # components that are worked on together: a few of the widest vectors; their entries fit the first cache
 
 
@@ -183,14 +184,14 @@ def loop(
 
     slots = """
       int32_t slot[T];
-      gather(slot, S + k, k_step, l);
+      if (wide) gather(slot, (const int32_t*)S + k, k_step, l); else gather(slot, S + k, k_step, l);
       for (int t = l; t < T; ++t) slot[t] = -1;"""
     lookup = (
         slots
         + """
       real f[T];
       for (int t = 0; t < T; ++t) f[t] = 1;
-      if (pool_step == 0) for (int i = 0; i < slots; ++i) {
+      if (few) for (int i = 0; i < slots; ++i) {
         const real x = F[pool * slots + i];
         for (int t = 0; t < T; ++t) f[t] = slot[t] == i ? x : f[t];
       }
@@ -199,7 +200,7 @@ def loop(
     adding = (
         slots
         + """
-      if (pool_step == 0) for (int i = 0; i < slots; ++i) {
+      if (few) for (int i = 0; i < slots; ++i) {
         real x = 0;
         _Pragma("omp simd reduction(+:x)")
         for (int t = 0; t < T; ++t) x += slot[t] == i ? q[t] : real(0);
@@ -239,10 +240,11 @@ static inline void scatter(const real* from, real* to, int64_t step, int l) {{
 }}
 
 {each_weight("uint8_t", "double")} {{
-  const int64_t count = layout[0], slots = layout[1], groups = layout[2];
-  const int64_t *sizes = layout + 3, *strides = layout + 7, *offsets = layout + 31;
+  const int64_t count = layout[0], slots = layout[1], wide = layout[2], groups = layout[3];
+  const int64_t *sizes = layout + 4, *strides = layout + 8, *offsets = layout + 32;
   const int64_t tiles = (sizes[3] + T - 1) / T, all = sizes[0] * sizes[1] * sizes[2] * tiles;
   const int64_t k_step = strides[15], pool_step = strides[19];
+  const bool few = pool_step == 0 && slots <= {_MOST_SLOTS};
   {numbers}
   {dense}
   {"memset(room, 0, threads * groups * sizeof(double));" if sums else ""}

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_fgsgd.matrices import Value
 from lightning_fgsgd.source import Program, Symbol
 
-__all__ = ["COUNTED", "NUMBERS", "STARTS", "TOTAL", "WHOLE", "TritonProgram", "lane_kernel", "wrapped"]
+__all__ = ["COUNTED", "NUMBERS", "STARTS", "TOTAL", "WHOLE", "Pools", "TritonProgram", "lane_kernel", "wrapped"]
 
 # What the table of whole numbers has of each weight: addresses, sizes, and where its results and strides are.
 WHOLE = (
@@ -28,8 +28,21 @@ STARTS = (
     "first_out",
     "first_program",
 )  # in another table: where the launch has what belongs to the weight
-_BYTES = ("M", "S")
 NUMBERS = 16  # a row of the other table: the options of the step, and 1/√m of each manifold
+
+
+class Pools(NamedTuple):
+    """How a component's group is found.
+
+    Attributes:
+        counted: how its pool is counted, ``"0"``, ``"by_first"`` or ``"by_second"``.
+        slot: type of the number of a group within its pool, ``"uint8"`` or ``"int32"``.
+        few: whether a program is to sum up squared norms for each group; else they are written down by component.
+    """
+
+    counted: str
+    slot: str
+    few: bool
 
 
 class TritonProgram(Program):
@@ -57,7 +70,7 @@ def lane_kernel(
     *,
     reads: Sequence[str],
     results: dict[str, Value],
-    pool: str,
+    pool: Pools,
     reads_by: str,
 ) -> str:
     """The Triton function ``kernel`` that runs ``program`` for every kernel of some weights, one to a lane.
@@ -71,8 +84,8 @@ def lane_kernel(
         reads: tensors to read.
         results: what is written: entries of the weight and the momentum, by their names; ``"q"`` (squared norm) or ``"o"``
             (whether the component was moved).
-        pool: how a component's pool is counted, ``"0"``, ``"by_first"`` or ``"by_second"``.
-        reads_by: how R is counted, ``"k"`` or as ``pool``.
+        pool: how a component's group is found.
+        reads_by: how R is counted, ``"k"``, ``"by_first"`` or ``"by_second"``.
     """
     lines = [
         "k = (tl.program_id(0) - first_program).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)",
@@ -80,7 +93,7 @@ def lane_kernel(
         *COUNTED,
         "m = tl.load(M + k, mask=here, other=0)",
         "slot = tl.load(S + k, mask=here, other=0).to(tl.int32)",
-        f"pool = {pool}",
+        f"pool = {pool.counted}",
     ]
     for name in reads:
         lines.append(f"{name}_here = {name.upper()} + x.to(tl.int64) * {name}_first + z.to(tl.int64) * {name}_second")
@@ -98,7 +111,7 @@ def lane_kernel(
             lines.append(f"tl.store(OUT + first_out + k, ({text}).to(tl.uint8), mask=here)")
         elif name != "q":
             lines.append(f"tl.store({_entry(name[0], int(name[1:]), p)}, {text}, mask=here)")
-        elif pool == "0":  # summed up over the program's lanes, in their order
+        elif pool.few:  # summed up over the program's lanes, in their order
             lines += [
                 "sums = OUT + first_out + (tl.program_id(0) - first_program) * slots",
                 "for i in range(0, slots):",
@@ -106,7 +119,7 @@ def lane_kernel(
             ]
         else:
             lines.append(f"tl.store(OUT + first_out + k, {text}, mask=here)")
-    return wrapped(program, lines, "BLOCK: tl.constexpr")
+    return wrapped(program, lines, "BLOCK: tl.constexpr", pool.slot)
 
 
 # Where component k lies along the axes that count components, and its channel by either.
@@ -122,14 +135,14 @@ def _entry(name: str, e: int, p: int) -> str:
     return f"{name}_here + ({e // p} * {name}_n + {e % p} * {name}_p)"
 
 
-def wrapped(program: Program, lines: Sequence[str], constants: str) -> str:
+def wrapped(program: Program, lines: Sequence[str], constants: str, slot: str) -> str:
     """The function around some lines: what it finds of its weight in the tables, and the numbers of the step."""
-    given = []
+    given, types = [], {"M": "uint8", "S": slot}
     text = "\n".join(lines)
     for i, name in enumerate(WHOLE):
         if not re.search(rf"\b{name}\b", text):
             continue
-        cast = f".to(tl.pointer_type(tl.{'uint8' if name in _BYTES else 'float32'}))" if name.isupper() else ""
+        cast = f".to(tl.pointer_type(tl.{types.get(name, 'float32')}))" if name.isupper() else ""
         given.append(f"{name} = tl.load(whole + {i}){cast}")
     given += [f"{name} = tl.load(starts + {i})" for i, name in enumerate(STARTS) if re.search(rf"\b{name}\b", text)]
     given += [f"s{i} = tl.load(numbers + {i})" for i in sorted(program.numbers)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_fgsgd.matrices import Value, times
 from lightning_fgsgd.source import Symbol
-from lightning_fgsgd.source_gpu import COUNTED, TritonProgram, wrapped
+from lightning_fgsgd.source_gpu import COUNTED, Pools, TritonProgram, wrapped
 
 __all__ = ["BlockTiles", "Matrix", "Tiles", "block_kernel"]
 
@@ -229,7 +229,7 @@ def block_kernel(
     weights: Tiles | None,
     momentum: Tiles | None,
     square: Value,
-    pool: str,
+    pool: Pools,
     reads_by: str,
 ) -> str:
     """The Triton function ``kernel`` that runs ``program`` for every block of some weights, one to a program.
@@ -253,7 +253,7 @@ def block_kernel(
         "eye = row == other_row",
         "m = tl.load(M + k).to(tl.int32)",
         "slot = tl.load(S + k).to(tl.int32)",
-        f"pool = {pool}",
+        f"pool = {pool.counted}",
     ]
     lines += [
         f"{x.upper()} += x.to(tl.int64) * {x}_first + z.to(tl.int64) * {x}_second"
@@ -277,8 +277,8 @@ def block_kernel(
             "for i in range(0, slots):",
             f"    tl.store(sums + i, tl.where(slot == i, {program.text(square)}, 0.0))",
         ]
-        lines += of_groups if pool == "0" else [f"tl.store(OUT + first_out + k, {program.text(square)})"]
-        return wrapped(program, lines, "TILE: tl.constexpr, PRECISION: tl.constexpr")
+        lines += of_groups if pool.few else [f"tl.store(OUT + first_out + k, {program.text(square)})"]
+        return wrapped(program, lines, "TILE: tl.constexpr, PRECISION: tl.constexpr", pool.slot)
     lines.append("f = tl.load(F + first_share + pool * slots + slot)")
 
     assert program.within is not None
@@ -291,4 +291,4 @@ def block_kernel(
 
     program.over_tiles(f"end = tl.where({condition}, n, 0)", inside_of_all)
     lines += [*program.lines, f"tl.store(OUT + first_out + k, ({condition}).to(tl.uint8))"]
-    return wrapped(program, lines, "TILE: tl.constexpr, PRECISION: tl.constexpr")
+    return wrapped(program, lines, "TILE: tl.constexpr, PRECISION: tl.constexpr", pool.slot)

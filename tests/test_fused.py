@@ -31,7 +31,7 @@ def layers(dtype=torch.float32, layout=torch.contiguous_format, shapes="all"):
 
 
 def run(model, fused_, steps=3, scale=0.3, rescale=False, metric="start", **options):
-    settings = ("scheme", "manifolds", "start", "cutting", "block_size")
+    settings = ("scheme", "manifolds", "start", "cutting", "block_size", "groups")
     groups = {k: options.pop(k) for k in settings if k in options}
     optimizer = FGSGD(pom_param_groups(model, seed=1, **groups), lr=0.1, fused=fused_, metric=metric, **options)
     generator = torch.Generator().manual_seed(1)
@@ -75,6 +75,25 @@ def test_compiled_steps_equal_those_by_torchs_operations(request, options, schem
 
 def optimizer_state(optimizer):
     return [optimizer.state[p]["momentum_buffer"] for p in optimizer.poms if "momentum_buffer" in optimizer.state[p]]
+
+
+@pytest.mark.parametrize("groups", [24, 200, "each"])
+@pytest.mark.parametrize("scheme", ["pi", "po", "pio"])
+def test_with_any_number_of_groups_compiled_steps_equal_those_by_torchs_operations(monkeypatch, scheme, groups):
+    # Few groups are told apart by comparing; of many the number is read, from a byte or from four.
+    seen, advance = [], fused.advance
+    monkeypatch.setattr(fused, "advance", lambda jobs: seen.extend(j.pom.name for j in jobs) or advance(jobs))
+    found = []
+    for fused_ in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(4, 230, 3), nn.Conv2d(230, 3, 3), nn.Conv2d(40, 40, 3, groups=40)).double()
+        if groups != "each":
+            model.append(nn.Conv2d(230, 230, 3, bias=False).double())  # pools that have as many in every scheme
+        optimizer = run(model, fused_, scheme=scheme, groups=groups, momentum=0.9, rescale=True)
+        found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
+    assert set(seen) == {pom.name for pom in optimizer.poms.values()}
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])

@@ -78,6 +78,21 @@ def test_steps_equal_those_by_torchs_operations(scheme, manifolds, start, option
 
 
 @on_gpu
+@pytest.mark.parametrize(("scheme", "groups"), [("pio", "each"), ("pio", 20), ("pi", "each"), ("po", 17)])
+def test_with_any_number_of_groups_steps_equal_those_by_torchs_operations(scheme, groups):
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(10, 30, 3), nn.Conv2d(18, 4, 2), nn.Linear(20, 320), nn.Conv2d(4, 4, 5))
+        model = model.to(DEVICE)
+        optimizer = run(model, fused, 2, scale=0.1, scheme=scheme, groups=groups, momentum=0.9, block_size=2, rho=9.0)
+        assert all(fused_gpu.suits(pom, p) for p, pom in optimizer.poms.items())
+        found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=0)
+
+
+@on_gpu
 def test_every_layer_is_stepped_by_it_and_those_alike_by_one_launch(monkeypatch):
     launches = []
     run_launch = fused_gpu.Launch.run
