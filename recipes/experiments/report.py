@@ -43,9 +43,11 @@ def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
     parts = [f"# {spec['name']}", _origin(spec, rows)]
     if summary:
         parts += ["## Test error", table(summary, spec), paper_table(summary, spec)]
+    against = tuple(spec.get("against", ()))
     if any(isinstance(row["agreement"], float) for row in rows):
         parts += ["## What is forgotten", forgetting_table(summary)]
-        parts += [kept_table(rows, {**spec, "reference": arm}) for arm in (spec["reference"], *spec.get("against", ()))]
+        against = (spec["reference"], *against)
+    parts += [paired_table(rows, {**spec, "reference": arm}) for arm in against]
     if any(options.get("grid") for options in spec["arms"].values()):
         parts += ["## Tuning", tuning_table(rows, spec)]
     missing = [arm for arm in spec["arms"] if not finals(rows, arm)]
@@ -109,10 +111,13 @@ def forgetting_table(summary: Sequence[Row]) -> str:
     return _markdown(["arm", *(MEASURED[name] for name in measured), "seeds"], lines)
 
 
-def kept_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
-    """Error and agreement beside the reference's, paired by seed; empty where fewer than two seeds can be paired."""
+def paired_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
+    """Error, and agreement if it was measured, beside the reference's by seed; empty where fewer than two can be paired."""
     by_arm: dict[str, list[str]] = {}
-    columns = ("test_error", "agreement", "agreement_recalibrated")
+    kept = [
+        name for name in ("agreement", "agreement_recalibrated") if any(isinstance(row[name], float) for row in rows)
+    ]
+    columns = ("test_error", *kept)
     for column in columns:
         for row in summarise(rows, spec, column):
             if math.isfinite(row["low"]):

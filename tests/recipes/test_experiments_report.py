@@ -209,6 +209,15 @@ def test_what_is_kept_is_compared_by_seed_with_the_reference_and_with_what_else_
     assert f"Differences to Sp, 95 % intervals:\n\n{KEPT}\n| SGD | +0.70" in report
 
 
+def test_arms_from_scratch_are_compared_with_what_else_is_asked_for_too(folder):
+    report = write(folder, {**SPEC, "against": ["Sp"]})[0].read_text()
+    differences = [ERRORS["SGD"][seed] - ERRORS["Sp"][seed] for seed in range(3)]
+    low, high = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
+    told = f"| SGD | {np.mean(differences):+.2f}, {low:+.2f} to {high:+.2f} |"
+    assert f"Differences to Sp, 95 % intervals:\n\n| arm | test error, % |\n| --- | --- |\n{told}" in report
+    assert "Differences to SGD" not in report  # they are in the table of errors
+
+
 def test_the_choice_for_both_is_told_with_both(tmp_path):
     spec = {**SPEC, "common": {"epochs": 2, "data": {"validation": 100}}, "keep": "agreement"}
     runs = tuning_runs(spec, "SGD")
