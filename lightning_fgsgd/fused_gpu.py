@@ -83,7 +83,7 @@ def group_squares(jobs: Sequence[Job]) -> list[Tensor]:
     for key, members in _alike(jobs, "squares").items():
         launch = Launch(key, [jobs[i] for i in members], torch.float32)
         launch.run(None)
-        if key.pool.few:
+        if key.pool.summed:
             found |= zip(members, launch.sums(), strict=True)
         else:
             parts = launch.out.split(launch.sizes)
@@ -148,8 +148,8 @@ def _key(job: Job, kind: str) -> Key:
     pom, cutting = job.pom, job.pom.cutting
     first, second = ("by_first", "by_second") if cutting.transposed else ("by_second", "by_first")
     counted = {"pi": first, "po": second}.get(pom.sets.scheme, "0") if cutting.kind == "kernel" else "0"
-    few = kind == "squares" and counted == "0" and pom.sets.groups_in_pool <= _MOST_SLOTS
-    pool = Pools(counted, str(pom.sets.slot.dtype).removeprefix("torch."), few)
+    summed = kind == "squares" and counted == "0" and pom.sets.groups_in_pool <= _MOST_SLOTS
+    pool = Pools(counted, str(pom.sets.slot.dtype).removeprefix("torch."), summed)
     reads_by = "k" if cutting.kind == "filter" or len(pom._radius) == cutting.count else first
     variant = variant_of(pom, job.weight, job.metric)
     dense = False
@@ -206,7 +206,7 @@ class Launch:
         self.jobs = jobs
         programs = [-(-job.pom.cutting.count // _LANES) if key.variant[0] else job.pom.cutting.count for job in jobs]
         self.sizes = [job.pom.cutting.count for job in jobs]
-        if key.pool.few:  # sums by program
+        if key.pool.summed:  # sums by program
             self.sizes = [n * job.pom.sets.groups_in_pool for n, job in zip(programs, jobs, strict=True)]
         self.groups = [job.pom.num_groups for job in jobs]
         self.programs = sum(programs)

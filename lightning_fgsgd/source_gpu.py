@@ -37,12 +37,12 @@ class Pools(NamedTuple):
     Attributes:
         counted: how its pool is counted, ``"0"``, ``"by_first"`` or ``"by_second"``.
         slot: type of the number of a group within its pool, ``"uint8"`` or ``"int32"``.
-        few: whether a program is to sum up squared norms for each group; else they are written down by component.
+        summed: whether a program sums up squared norms for each group; else it writes them down by component.
     """
 
     counted: str
     slot: str
-    few: bool
+    summed: bool
 
 
 class TritonProgram(Program):
@@ -111,7 +111,7 @@ def lane_kernel(
             lines.append(f"tl.store(OUT + first_out + k, ({text}).to(tl.uint8), mask=here)")
         elif name != "q":
             lines.append(f"tl.store({_entry(name[0], int(name[1:]), p)}, {text}, mask=here)")
-        elif pool.few:  # summed up over the program's lanes, in their order
+        elif pool.summed:  # summed up over the program's lanes, in their order
             lines += [
                 "sums = OUT + first_out + (tl.program_id(0) - first_program) * slots",
                 "for i in range(0, slots):",

@@ -277,7 +277,7 @@ def block_kernel(
             "for i in range(0, slots):",
             f"    tl.store(sums + i, tl.where(slot == i, {program.text(square)}, 0.0))",
         ]
-        lines += of_groups if pool.few else [f"tl.store(OUT + first_out + k, {program.text(square)})"]
+        lines += of_groups if pool.summed else [f"tl.store(OUT + first_out + k, {program.text(square)})"]
         return wrapped(program, lines, "TILE: tl.constexpr, PRECISION: tl.constexpr", pool.slot)
     lines.append("f = tl.load(F + first_share + pool * slots + slot)")
 
