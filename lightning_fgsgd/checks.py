@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fgsgd.pom import METRICS
 from lightning_fgsgd.sharding import Shard, anywhere
 
-__all__ = ["LARGEST_GRADIENT", "gradients", "lost_plans", "options", "stray_weights", "too_large"]
+__all__ = ["LARGEST_GRADIENT", "gradients", "lost_plans", "options", "stray_weights", "too_large", "weights"]
 
 LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
 _STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
@@ -39,8 +39,9 @@ def options(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"rho: {rho!r} is not a finite number of at least 0; 'average' estimates it, None turns the normalisation off"
         )
-    if given["metric"] not in METRICS:
-        raise ValueError(f"metric: unknown metric {given['metric']!r}; choose from {', '.join(map(repr, METRICS))}")
+    metric = given["metric"]
+    if not isinstance(metric, str) or metric not in METRICS:  # a torchmetrics Metric equals anything
+        raise ValueError(f"metric: unknown metric {metric!r}; choose from {', '.join(map(repr, METRICS))}")
 
 
 def lost_plans(groups: Sequence[Mapping[str, Any]], planned: Container[Tensor]) -> None:
@@ -57,23 +58,23 @@ def lost_plans(groups: Sequence[Mapping[str, Any]], planned: Container[Tensor]) 
             return
 
 
-def gradients(grads: Mapping[str, Tensor], shards: Sequence[Shard | None] = ()) -> None:
+def gradients(grads: Sequence[tuple[str, Tensor]], shards: Sequence[Shard | None] = ()) -> None:
     """Refuse gradients of constrained weights that are not finite or too large: one look at all, one answer to the host.
+
+    Each comes with its weight's name, which weights of several models may share.
 
     Of sharded weights, all processes refuse them together.
     """
     # The norm of float16 values can overflow where none of them has.
-    read = [g.float() if g.dtype == torch.float16 else g for g in grads.values()]
+    read = [g.float() if g.dtype == torch.float16 else g for _, g in grads]
     bad_here = bool(read) and not float(torch.nn.utils.get_total_norm(read)) <= LARGEST_GRADIENT
     if read and any(shards):
         bad_here = any(anywhere([bad_here] * len(shards), shards, read[0].device))
     if not bad_here:
         return
-    norms = {name: float(g.double().norm()) for name, g in grads.items()}
-    bad = {
-        name: norm for name, norm in norms.items() if not norm <= LARGEST_GRADIENT
-    } or norms  # all: in other processes
-    some = ", ".join(f"{name} ({norm:.3g})" for name, norm in list(bad.items())[:3])
+    norms = [(name, float(g.double().norm())) for name, g in grads]
+    bad = [(name, norm) for name, norm in norms if not norm <= LARGEST_GRADIENT] or norms  # all: in other processes
+    some = ", ".join(f"{name} ({norm:.3g})" for name, norm in bad[:3])
     raise FloatingPointError(
         f"FGSGD: the gradients of {len(bad)} of {len(norms)} constrained weights are not finite, or their norm exceeds "
         f"{LARGEST_GRADIENT:g} (norms of the first: {some}); no weight was moved. Look for a learning rate that is "
@@ -81,12 +82,21 @@ def gradients(grads: Mapping[str, Tensor], shards: Sequence[Shard | None] = ()) 
     )
 
 
-def too_large(sums: Mapping[str, Tensor]) -> FloatingPointError:
+def weights(values: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse constrained weights, each with its name, that hold values that are not finite."""
+    bad = [name for name, x in values if not bool(torch.isfinite(x).all())]
+    if bad:
+        raise FloatingPointError(
+            f"FGSGD: constrained weights hold values that are not finite: {', '.join(bad[:3])}; no weight was moved. Load "
+            "them anew, and look for what wrote to them"
+        )
+
+
+def too_large(sums: Sequence[tuple[str, Tensor]]) -> FloatingPointError:
     """What to raise where gradients are too large in the metric alone, given R_g² of the groups of each weight."""
-    norms = {name: float(x.max()) ** 0.5 for name, x in sums.items()}
-    name = max(norms, key=lambda name: norms[name])
+    norm, name = max((float(x.max()) ** 0.5, name) for name, x in sums)
     return FloatingPointError(
-        f"FGSGD: the Riemannian norm of a gradient exceeds {LARGEST_GRADIENT:g} ({name}: {norms[name]:.3g}), and not its "
+        f"FGSGD: the Riemannian norm of a gradient exceeds {LARGEST_GRADIENT:g} ({name}: {norm:.3g}), and not its "
         "Euclidean norm; no weight was moved. Components of it stood at next to 0 when they were placed: start from larger "
         'weights, pass metric="unit", or leave the weight out'
     )
@@ -105,7 +115,7 @@ def stray_weights(distances: Mapping[Tensor, tuple[str, float]]) -> list[Tensor]
         return []
     names = ", ".join(f"{name} ({distance:.2g})" for name, distance in list(stray.values())[:3])
     if not all(math.isfinite(distance) for _, distance in stray.values()):
-        raise FloatingPointError(f"FGSGD: constrained weights hold values that are not finite: {names}; none was moved")
+        raise FloatingPointError(f"FGSGD: constrained weights hold values that are not finite: {names}")
     warnings.warn(
         f"FGSGD: {len(stray)} constrained weights were changed by others and left their manifolds (relative distance of "
         f"the first: {names}); this step starts from the nearest points on them. To take the changed weights as a new "

@@ -86,7 +86,7 @@ def _compile(source: str) -> Any:
 def group_squares(jobs: Sequence[Job]) -> list[Tensor]:
     """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
     sizes = [job.pom.num_groups for job in jobs]
-    sums = torch.zeros(sum(sizes), dtype=torch.float64)
+    sums = torch.zeros(sum(sizes), dtype=torch.float64, device="cpu")
     _run(jobs, "squares", sizes, sums)
     return list(sums.split(sizes))
 
@@ -98,7 +98,7 @@ def advance(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor]]:
         Which components of each weight were moved, bool (k,); and whether all of them were, one answer for all weights.
     """
     sizes = [job.pom.cutting.count for job in jobs]
-    moved = torch.empty(sum(sizes), dtype=torch.bool)
+    moved = torch.empty(sum(sizes), dtype=torch.bool, device="cpu")
     _run(jobs, None, sizes, moved)
     for job in jobs:
         torch.autograd.graph.increment_version(job.weight)
@@ -197,7 +197,7 @@ def _run(jobs: Sequence[Job], kind: str | None, sizes: Sequence[int], out: Tenso
         table.extend((*ours, *told.addresses, _address(share), *found, 0))
         kept += [numbers, share]  # their addresses are in the table
         at, room = at + size * out.element_size(), max(room, threads * told.room[0] + told.room[1])
-    space = torch.empty(room, dtype=torch.uint8)
+    space = torch.empty(room, dtype=torch.uint8, device="cpu")
     for kernel, table in tables.values():
         weights = len(table) // ROW
         table[ROW - 1 :: ROW] = array("q", [space.data_ptr()] * weights)

@@ -238,20 +238,21 @@ def _starts(
     groups: tuple[int, ...], sizes: tuple[int, ...], programs: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Where a launch has what belongs to each weight, int64; and the number of the weight of each program, int32."""
-    starts = torch.tensor([groups, sizes, programs]).cumsum(1) - torch.tensor([groups, sizes, programs])
-    owners = torch.arange(len(programs), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+    counts = torch.tensor([groups, sizes, programs], device="cpu")
+    starts = counts.cumsum(1) - counts
+    owners = torch.arange(len(programs), dtype=torch.int32, device="cpu").repeat_interleave(counts[2])
     return starts.T.contiguous().to(device), owners.to(device)
 
 
 @functools.lru_cache(maxsize=64)
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=64)
 def _numbers(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     filled = [[*row, *([0.0] * (NUMBERS - len(row)))] for row in rows]
-    return torch.tensor(filled, dtype=torch.float32).to(device, non_blocking=True)
+    return torch.tensor(filled, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
 
 
 def _row(job: Job) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_fgsgd import matrices
 from lightning_fgsgd.manifolds import Manifold, Stiefel
+from lightning_fgsgd.manifolds.stiefel import SHORT
 from lightning_fgsgd.matrices import Planes, gram, matmul, where
 
 __all__ = ["Geometry"]
@@ -81,17 +82,21 @@ class Geometry:
     def retract(self, v: Any) -> tuple[Any, Any]:
         """Where v = q + h is retracted to (lines 7 and 8 of Algorithm 1), and before that, for which components that holds.
 
-        It does not for steps that are too long for the Newton-Schulz products on Stiefel, and for any that is not finite.
+        It does not for steps that are too long for the Newton-Schulz products on Stiefel, for any that is not finite, and
+        where v is shorter than q is on Stiefel: then others have changed the weight, and the products would not converge.
         """
         inner = matrices.symmetric_matmul(v.mT, v)
         length: Any = matrices.trace(inner)  # about ‖h‖²
+        middle: Any = 0.0
         limit: Any = _FAR
         for manifold, mask in self.manifolds:
             if isinstance(manifold, Stiefel):
                 p = matrices.size(inner)
                 length = matrices.trace(inner + matrices.diagonal_where_zero(inner)) - float(p)
-                limit = where(mask, manifold.reach(inner), limit)
-        within = matrices.settled(length <= limit)
+                half = (manifold.reach(inner) + SHORT) / 2
+                middle, limit = where(mask, half - SHORT, middle), where(mask, half, limit)
+        off = length - middle
+        within = matrices.settled(off * off <= limit * limit)
         return within, matmul(v, self._select([m.inverse_root(inner) for m, _ in self.manifolds]))
 
     def retract_far(self, q: Tensor, h: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.plan import POMParamGroup, POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM, ProductOfManifolds
 from lightning_fgsgd.sharding import anywhere, count, largest, local, opened, shard_of, split_like, version, whole_of
-from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, undisturbed
+from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, together, undisturbed
 
 __all__ = ["FGSGD"]
 
@@ -56,7 +56,9 @@ class FGSGD(torch.optim.Optimizer):
         fused: step the constrained weights by compiled code made from the step itself, in one pass over memory: C++ on a CPU
             (float32 and float64; :mod:`~lightning_fgsgd.fused`), Triton on a GPU (float32;
             :mod:`~lightning_fgsgd.fused_gpu`). ``None``: where that can be compiled; says so once where it cannot.
-            ``False``: by torch's own operations. ``True``: an error where it cannot.
+            ``False``: by torch's own operations. ``True``: an error where there is no compiler. Weights with no
+            such code are stepped by torch's operations in any case: other precisions, blocks of more than 64 neurons (on a
+            GPU 32), on a CPU kernels of more than 49 numbers.
 
     Raises:
         ValueError: an argument out of range, or a weight to be placed that holds NaN or infinite values.
@@ -128,10 +130,10 @@ class FGSGD(torch.optim.Optimizer):
         """
         if self._poms:
             raise ValueError("FGSGD: the weights are on products of manifolds already; constrain can be called once")
-        self._plan = plan
         mine = [p for group in self.param_groups for p in group["params"]]
         if mine and not any(p in plan.names for p in mine):
             raise ValueError("plan: it knows none of this optimizer's parameters; draw it from the same model")
+        self._plan = plan
         self._place(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -147,31 +149,35 @@ class FGSGD(torch.optim.Optimizer):
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
         checks.options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._place(self.param_groups[-1:])
+        try:
+            self._place(self.param_groups[-1:])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def _place(self, groups: list[dict[str, Any]]) -> None:
-        """Put the weights of these groups that the plan knows onto their manifolds."""
+        """Put the weights of these groups that the plan knows onto their manifolds; none where one has no place there."""
         zero = {}
-        for group in groups:
-            for p in group["params"]:
-                planned = self._plan.weights.get(p)
-                if planned is None or p in self._poms:
-                    continue
-                before = p.detach().clone() if planned.start != "preserve" else None
-                weight = whole_of(p)
-                pom = POM.place(planned, weight)
-                if before is not None:
-                    p.detach().copy_(split_like(weight, p))
-                    self._unplaced[p] = (version(p), before)
-                self._versions[p] = version(p)
-                buffer = self.state[p].get("momentum_buffer") if p in self.state else None
-                if buffer is not None:  # of plain SGD, whose weights are constrained only now
-                    buffer = pom.riemannian(weight, whole_of(buffer), group["metric"])
-                    self.state[p]["momentum_buffer"] = split_like(buffer, p)
-                self._poms[p] = pom.part(shard_of(p, planned.cutting, planned.scheme))
-                if count := pom.zero_components():
-                    zero[pom.name] = count
+        of_groups = {p: group for group in groups for p in group["params"] if p not in self._poms}
+        new = [(p, group, self._plan.weights[p]) for p, group in of_groups.items() if p in self._plan.weights]
+        for p, _, planned in new:
+            planned.check(whole_of(p))
+        for p, group, planned in new:
+            before = p.detach().clone() if planned.start != "preserve" else None
+            weight = whole_of(p)
+            pom = POM.place(planned, weight)
+            if before is not None:
+                p.detach().copy_(split_like(weight, p))
+                self._unplaced[p] = (version(p), before)
+            self._versions[p] = version(p)
+            buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+            if buffer is not None:  # of plain SGD, whose weights are constrained only now
+                buffer = pom.riemannian(weight, whole_of(buffer), group["metric"])
+                self.state[p]["momentum_buffer"] = split_like(buffer, p)
+            self._poms[p] = pom.part(shard_of(p, planned.cutting, planned.scheme))
+            if count := pom.zero_components():
+                zero[pom.name] = count
         if zero:
             layers = ", ".join(f"{count} in {name}" for name, count in zero.items())
             warnings.warn(f"FGSGD: components that are zero have no direction and stay zero: {layers}", stacklevel=3)
@@ -275,12 +281,13 @@ class FGSGD(torch.optim.Optimizer):
                 update.move_freely(share)
         # One answer to the host: steps that are too long for the fast retraction are as good as never taken.
         answers += [] if finite is None else [finite]
-        if answers and not bool(torch.stack(answers).all()):
+        if answers and not bool(together(answers).all()):
             if finite is not None and not bool(finite):
                 refuse(updates, sums)
-            for i, m in zip(bound, moved, strict=True):
-                if not bool(m.all()):
-                    updates[i].move_far(shares[i], m)
+            late = [(updates[i], shares[i], m) for i, m in zip(bound, moved, strict=True) if not bool(m.all())]
+            self._bring_back([update for update, _, _ in late])
+            for update, share, m in late:
+                update.move_far(share, m)
         self._unplaced.clear()
         for update in updates:
             if update.group["lr"] != 0:
@@ -319,7 +326,7 @@ class FGSGD(torch.optim.Optimizer):
         checkpoints take such a step, on weights that are loaded already, before they load the optimizer's state.
         """
         without = [u for u in updates if u.group["rho"] is None]
-        checks.gradients({u.pom.name: local(u.grad) for u in without}, [u.pom.shard for u in without])
+        checks.gradients([(u.pom.name, local(u.grad)) for u in without], [u.pom.shard for u in without])
         changed = [self._versions.get(u.weight) != version(u.weight) for u in updates]
         shards = [u.pom.shard for u in updates]
         if any(shards):
@@ -328,6 +335,19 @@ class FGSGD(torch.optim.Optimizer):
         stray = checks.stray_weights({u.weight: (u.pom.name, self.distance(u.weight)) for u in written})
         self._versions |= {u.weight: version(u.weight) for u in written}
         for p in stray:
+            self.project(p)
+
+    def _bring_back(self, updates: list[Update]) -> None:
+        """Bring back the weights, of those that could not be moved, that are off their manifolds.
+
+        Others have written to them without a trace, through ``.data``. A long step starts on the manifolds, too.
+        """
+        found = {}
+        for update in updates:
+            if update.group["lr"] != 0:
+                with opened(update.pom.shard, update.weight) as (weight,):  # this process asks alone: not self.distance
+                    found[update.weight] = update.pom.name, update.pom.distance(weight)
+        for p in checks.stray_weights(found):
             self.project(p)
 
     def _step_free(self, params: list[Tensor], group: dict[str, Any]) -> None:

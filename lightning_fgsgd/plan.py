@@ -37,6 +37,11 @@ class PlannedWeight:
     start: str
     seed: int
 
+    def check(self, weight: Tensor) -> None:
+        """Refuse a weight that no manifold has a place for."""
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{self.name}: the weight holds NaN or infinite values, so it has no place on a manifold")
+
 
 @dataclass
 class POMPlan:
@@ -188,16 +193,22 @@ def draw_plan(
         head -= (
             selector.find("include", [pattern]) if pattern == "timm:head" else {p for p in head if names[p] == pattern}
         )
-    changes = [(selector.find("overrides", [pattern]), change) for pattern, change in (overrides or {}).items()]
+    changes = [
+        (pattern, selector.find("overrides", [pattern]), change) for pattern, change in (overrides or {}).items()
+    ]
     for pattern, change in (overrides or {}).items():
         check_override(pattern, change, settings, seed)
 
     plan = POMPlan(names=names)
-    largest_pool = 0
+    pools: dict[
+        tuple[str, int], tuple[int, str]
+    ] = {}  # the largest of the weights that a number of groups was given for
     for weight, name in names.items():
-        mine = dict(settings)
-        for matched, change in changes:
-            mine |= change if weight in matched else {}
+        mine, asked = dict(settings), "groups"
+        for pattern, matched, change in changes:
+            if weight in matched:
+                mine |= change
+                asked = f"overrides: {pattern!r}: groups" if "groups" in change else asked
         module, attr = _owner(weight, name, owners[weight])
         cut = cutting_of(module, mine["cutting"], mine["block_size"], attr)
         if cut is None:
@@ -218,14 +229,15 @@ def draw_plan(
         generator = torch.Generator().manual_seed(layer_seed(seed, name))
         sets = draw_index_sets(cut, mine["scheme"], mine["manifolds"], mine["groups"], generator=generator)
         plan.weights[weight] = PlannedWeight(name, cut, sets, mine["scheme"], mine["start"], seed)
-        if mine["groups"] is settings["groups"]:
-            largest_pool = max(largest_pool, pool_size(cut, mine["scheme"]))
-    wanted = settings["groups"]
-    if isinstance(wanted, int) and plan.weights and wanted > largest_pool > 0:
-        raise ValueError(
-            f"groups: {wanted} groups were asked for, but the largest pool of scheme={settings['scheme']!r} has only "
-            f"{largest_pool} components; choose groups between 1 and {largest_pool}, 'each', or None for one per manifold"
-        )
+        if isinstance(mine["groups"], int):
+            key = asked, mine["groups"]
+            pools[key] = max(pools.get(key, (0, "")), (pool_size(cut, mine["scheme"]), mine["scheme"]))
+    for (asked, wanted), (largest, scheme) in pools.items():
+        if wanted > largest:
+            raise ValueError(
+                f"{asked}: {wanted} groups were asked for, but the largest pool of scheme={scheme!r} has only "
+                f"{largest} components; choose groups between 1 and {largest}, 'each', or None for one per manifold"
+            )
     return plan
 
 

@@ -16,7 +16,7 @@ from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.factors import factor_of, inverse_in_two_terms, pack_upper, unpack_upper
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import IndexSets
-from lightning_fgsgd.manifolds import Manifold, get_manifold, wide, working
+from lightning_fgsgd.manifolds import Manifold, get_manifold, wide, working, working_dtype
 from lightning_fgsgd.matrices import expand
 from lightning_fgsgd.plan import PlannedWeight, layer_seed
 from lightning_fgsgd.sharding import Shard, largest
@@ -123,10 +123,7 @@ class POM:
         Raises:
             ValueError: the weight holds a value that is not finite.
         """
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{planned.name}: the weight holds NaN or infinite values, so it has no place on a manifold"
-            )
+        planned.check(weight)
         cutting, sets = planned.cutting, planned.index_sets
         # On the CPU, whatever the device: the same bits everywhere, and LAPACK is there (see by_lapack).
         omega = cutting.cut(working(weight).cpu()).clone()
@@ -169,11 +166,21 @@ class POM:
         return part
 
     def follow(self, weight: Tensor) -> POM:
-        """Move to where the weight is: a Trainer brings a module back from the GPU when its fit ends."""
-        if self._radius.device != weight.device:
-            self.sets = self.sets.to(weight.device)
-            self.upper, self.inverse = (None if x is None else x.to(weight.device) for x in (self.upper, self.inverse))
-            self.set_radius(self._radius.to(weight.device), same=True)
+        """Move to where the weight is, in the precision of its geometry.
+
+        A Trainer brings a module back from the GPU when its fit ends, and ``model.double()`` keeps its parameters.
+        """
+        device, dtype = weight.device, working_dtype(weight)
+        if self._radius.device != device or self._radius.dtype != dtype:
+            self.sets = self.sets.to(device)
+            if self.upper is not None:
+                self.upper = self.upper.to(device, dtype)
+            if (
+                self.upper is not None and self.inverse is not None
+            ):  # its second term makes up for the rounding of the first
+                same = self._radius.dtype == dtype
+                self.inverse = self.inverse.to(device) if same else inverse_in_two_terms(self.upper)
+            self.set_radius(self._radius.to(device, dtype), same=True)
         return self
 
     # What a step needs ----------------------------------------------------------------------------------------------

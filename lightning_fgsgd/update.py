@@ -24,7 +24,17 @@ from lightning_fgsgd.sharding import add_up, anywhere, local, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
-__all__ = ["Update", "compiles", "finite_sums", "move_all", "refuse", "shares_of_all", "sums_of_all", "undisturbed"]
+__all__ = [
+    "Update",
+    "compiles",
+    "finite_sums",
+    "move_all",
+    "refuse",
+    "shares_of_all",
+    "sums_of_all",
+    "together",
+    "undisturbed",
+]
 
 
 def compiles(wanted: bool | None, device: torch.device | str = "cpu") -> bool:
@@ -230,11 +240,11 @@ class Update:
         """The momentum, laid out as the weight; in the precision of the geometry by default."""
         if self.group["momentum"] == 0:
             return None
-        like, buffer = self.weight, self.state.get("momentum_buffer")
+        like, buffer, dtype = self.weight, self.state.get("momentum_buffer"), dtype or working_dtype(self.weight)
         if buffer is None:
-            buffer = torch.zeros_like(like, dtype=dtype or working_dtype(like))
-        elif buffer.stride() != like.stride():
-            buffer = torch.empty_like(like, dtype=buffer.dtype).copy_(buffer)
+            buffer = torch.zeros_like(like, dtype=dtype)
+        elif buffer.stride() != like.stride() or buffer.dtype != dtype:
+            buffer = torch.empty_like(like, dtype=dtype).copy_(buffer)
         self.state["momentum_buffer"] = buffer
         return buffer
 
@@ -276,7 +286,11 @@ def finite_sums(updates: Sequence[Update]) -> tuple[list[Tensor | None], Tensor 
     known = [x for x in sums if x is not None]
     if not known:
         return sums, None
-    finite = torch.cat(known).max() <= checks.LARGEST_GRADIENT**2
+    # By device: a model may be spread over several.
+    largest = {
+        device: torch.cat([x for x in known if x.device == device]).max() for device in {x.device for x in known}
+    }
+    finite = together(largest.values()).max() <= checks.LARGEST_GRADIENT**2
     if all(update.can_wait for update in updates):
         return sums, finite
     bad = not bool(finite)
@@ -287,17 +301,24 @@ def finite_sums(updates: Sequence[Update]) -> tuple[list[Tensor | None], Tensor 
     return sums, None
 
 
+def together(answers: Iterable[Tensor]) -> Tensor:
+    """One number each of weights that may be on several devices, as one tensor on the first's."""
+    first, *others = answers
+    return torch.stack([first, *(x.to(first.device) for x in others)])
+
+
 def refuse(updates: Sequence[Update], sums: Sequence[Tensor | None]) -> None:
-    """Refuse gradients that are not finite or too large, before a step, or after one that moved nothing for that.
+    """Refuse weights or gradients that are not finite or too large, before a step, or after one that moved nothing for that.
 
     Raises:
         FloatingPointError: always.
     """
     for update in updates:
         update.undo()
-    checks.gradients({u.pom.name: local(u.grad) for u in updates}, [u.pom.shard for u in updates])
+    checks.gradients([(u.pom.name, local(u.grad)) for u in updates], [u.pom.shard for u in updates])
+    checks.weights([(u.pom.name, local(u.weight)) for u in updates])
     # They are large in their metric alone, as where weights had stood at next to 0 when they were placed.
-    raise checks.too_large({u.pom.name: x for u, x in zip(updates, sums, strict=True) if x is not None})
+    raise checks.too_large([(u.pom.name, x) for u, x in zip(updates, sums, strict=True) if x is not None])
 
 
 def shares_of_all(
@@ -319,7 +340,7 @@ def shares_of_all(
         norms = torch.cat([sums[i] for i in members]).sqrt().to(dtype)  # type: ignore[misc]
         curvature = torch.cat([updates[i].pom.curvatures(updates[i].group["metric"]) for i in members])
         of_all = 1 / step_normalizer(norms, rho, curvature)
-        of_all = of_all if finite is None else torch.where(finite, of_all, torch.nan)
+        of_all = of_all if finite is None else torch.where(finite.to(of_all.device), of_all, torch.nan)
         shares |= zip(members, of_all.split([updates[i].pom.num_groups for i in members]), strict=True)
     return [shares[i] for i in range(len(updates))]
 

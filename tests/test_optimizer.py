@@ -7,10 +7,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_fgsgd import FGSGD, pom_param_groups
 from lightning_fgsgd.grouping import pack, unpack
 from lightning_fgsgd.plan import draw_plan
+from lightning_fgsgd.update import together
 from tests import reference
 
 MANIFOLDS = [("sphere",), ("oblique",), ("stiefel",), ("sphere", "oblique", "stiefel"), ("stiefel", "euclidean")]
@@ -491,6 +494,39 @@ def test_a_weight_that_is_not_finite_is_named(tiny):
         FGSGD(pom_param_groups(tiny))
 
 
+@pytest.mark.parametrize("start", ["preserve", "project"])
+def test_weights_that_cannot_all_be_placed_are_not_placed_at_all_and_can_be_once_they_are_mended(start):
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    groups = pom_param_groups(layers, start=start, exclude=())
+    last = layers[1].weight
+    before = [p.detach().clone() for p in layers.parameters()]
+    kept = last[0, 0].item()
+    last.data[0, 0] = math.nan
+    optimizer = FGSGD(layers.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"1\.weight: the weight holds NaN"):
+        optimizer.constrain(groups.plan)
+    assert not optimizer.poms
+    last.data[0, 0] = kept
+    assert all(torch.equal(p, old) for p, old in zip(layers.parameters(), before, strict=True))
+    optimizer.constrain(groups.plan)
+    assert len(optimizer.poms) == 2
+
+
+def test_a_group_whose_weights_cannot_be_placed_is_not_added():
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = FGSGD(pom_param_groups(layers, exclude=()), lr=0.1)
+    last = nn.Linear(8, 8)
+    (group, *_) = pom_param_groups(last, exclude=())
+    last.weight.data[0, 0] = math.inf
+    held = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match="the weight holds NaN or infinite"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == held
+    last.weight.data[0, 0] = 0.0
+    optimizer.add_param_group(group)
+    assert optimizer.pom(last.weight) is not None
+
+
 def test_constraining_twice_or_by_a_foreign_plan_is_refused(tiny):
     optimizer = FGSGD(pom_param_groups(tiny))
     with pytest.raises(ValueError, match="already"):
@@ -516,6 +552,18 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_names_the_weights(tiny,
     tiny.conv.weight.grad[0, 0, 0, 0] = 1.0
     optimizer.step()  # and goes on
     assert all(x.isfinite().all() for x in tiny.state_dict().values())
+
+
+@pytest.mark.parametrize("rho", [1.0, None])
+def test_a_gradient_that_is_not_finite_is_noticed_in_each_of_two_models_with_the_same_names(rho):
+    models = [nn.Sequential(nn.Linear(8, 8)) for _ in range(2)]
+    groups = [group for model in models for group in pom_param_groups(model, exclude=())]
+    optimizer = FGSGD(groups, lr=0.1, rho=rho)
+    for model in models:
+        random_grads(model)
+    models[0][0].weight.grad[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="the gradients of 1 of 2 constrained weights are not finite"):
+        optimizer.step()
 
 
 def test_a_first_step_that_is_refused_is_as_good_as_none(tiny):
@@ -652,6 +700,114 @@ def test_bringing_a_weight_back_gives_the_nearest_point_of_its_manifold(name, st
         other = torch.nn.Parameter(pom.cutting.join(omega))
         pom.project(other.data)
         assert (other - stray).norm().item() >= best - 1e-9
+
+
+def through_data(weight, factor):
+    weight.data.mul_(factor)
+
+
+def through_a_vector(weight, factor):
+    vector_to_parameters(parameters_to_vector([weight]) * factor, [weight])
+
+
+def by_new_data(weight, factor):
+    weight.data = weight.data * factor
+
+
+@pytest.mark.parametrize("fused", [False, None])
+@pytest.mark.parametrize("start", ["preserve", "project"])
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [(through_data, 0.3), (through_data, 0.94), (through_a_vector, 0.9), (by_new_data, 0.5), (through_data, 30.0)],
+)
+@pytest.mark.parametrize("manifolds", [("stiefel",), ALL], ids="-".join)
+def test_weights_changed_without_a_trace_come_back_to_their_manifolds(manifolds, change, factor, start, fused):
+    layers = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.Linear(64, 32, bias=False))
+    plan = pom_param_groups(layers, manifolds=manifolds, start=start, exclude=())
+    optimizer = FGSGD(plan, lr=0.1, momentum=0.9, fused=fused)
+    for p in layers.parameters():
+        before, versions = p.detach().clone(), p._version
+        change(p, factor)
+        assert p._version == versions  # so nothing but the weight itself can tell
+        p.grad = torch.zeros_like(p)
+        with pytest.warns(UserWarning, match="changed by others and left their manifolds"):
+            optimizer.step()
+        assert optimizer.distance(p) < 1e-5
+        torch.testing.assert_close(p.detach(), before, rtol=0, atol=1e-5)
+        p.grad = None
+
+
+@pytest.mark.parametrize("fused", [False, None])
+@pytest.mark.parametrize(
+    ("manifold", "factor"), [("sphere", 0.5), ("oblique", 2.0), ("stiefel", 0.999), ("stiefel", 1.01)]
+)
+def test_what_the_retraction_itself_makes_good_needs_no_warning(manifold, factor, fused):
+    layer = nn.Linear(64, 32, bias=False)
+    optimizer = FGSGD(pom_param_groups(layer, manifolds=(manifold,), exclude=()), lr=0.1, fused=fused)
+    before = layer.weight.detach().clone()
+    layer.weight.data.mul_(factor)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before, rtol=0, atol=1e-5)
+
+
+def test_a_weight_that_became_nan_without_a_trace_is_named_and_nothing_moves(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    random_grads(tiny)
+    weight = next(p for p in tiny.parameters() if optimizer.pom(p) is not None)
+    weight.data[0] = math.nan
+    before = [p.detach().clone() for p in tiny.parameters()]
+    with pytest.raises(FloatingPointError, match=f"hold values that are not finite: {optimizer.poms[weight].name}"):
+        optimizer.step()
+    for p, old in zip(tiny.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("change", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+@pytest.mark.parametrize("manifolds", [("sphere",), ("stiefel",), ALL], ids="-".join)
+def test_a_model_whose_precision_is_changed_goes_on_as_one_that_had_it(manifolds, change, stepped):
+    first, then = change
+    layers = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.Linear(64, 32, bias=False)).to(first)
+    optimizer = FGSGD(pom_param_groups(layers, manifolds=manifolds, exclude=()), lr=0.1, momentum=0.9)
+    grads = [torch.randn_like(p) for p in layers.parameters()]
+    for p, grad in zip(layers.parameters(), grads, strict=True):
+        p.grad = grad.clone() if stepped else None
+    optimizer.step()
+    twin, its = copy.deepcopy((layers, optimizer))
+    layers.to(then)
+    for stepping, model in ((optimizer, layers), (its, twin)):
+        for p, grad in zip(model.parameters(), grads, strict=True):
+            p.grad = grad.to(p)
+        stepping.step()
+        stepping.step()
+    for p, q in zip(layers.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach().to(then), rtol=0, atol=1e-5)
+        assert optimizer.distance(p) < 1e-5
+        assert optimizer.state[p]["momentum_buffer"].dtype == then
+
+
+@pytest.mark.parametrize("fused", [False, None])
+def test_a_default_device_does_not_move_the_step(tiny, fused):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, momentum=0.9, fused=fused)
+    twin, its = copy.deepcopy((tiny, optimizer))
+    random_grads(tiny)
+    for p, q in zip(tiny.parameters(), twin.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    its.step()
+    try:
+        torch.set_default_device("meta")
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(p, q) for p, q in zip(tiny.parameters(), twin.parameters(), strict=True))
+
+
+def test_answers_from_several_devices_are_put_together():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = together([torch.ones((), device=device) for device in ("cuda:0", "cpu", "cuda:1")])
+    assert found.shape == (3,)
+    assert found.device == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

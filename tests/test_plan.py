@@ -86,6 +86,14 @@ def test_timm_families_are_constrained_mostly(name):
             r"groups: 41 groups were asked for, .* has only 40 components; choose groups between 1 and 40",
         ),
         ({"groups": 7, "scheme": "pi"}, "groups: 7 groups were asked for.*'pi' has only 6"),
+        (
+            {"overrides": {"type:Conv2d": {"groups": 99, "scheme": "po"}}},
+            r"overrides: 'type:Conv2d': groups: 99 groups were asked for.*'po' has only 4 components",
+        ),
+        (
+            {"overrides": {"conv.weight": {"groups": 25}}},
+            "'conv.weight': groups: 25 groups were asked for.*has only 24",
+        ),
         ({"seed": "a"}, "seed: 'a' is not a whole number"),
         ({"include": ["conv9.*"]}, r"include: the pattern 'conv9.\*' matches no parameter; .* such as 'conv.weight'"),
         ({"exclude": ["conv.*", "stem.*"]}, r"exclude: the pattern 'stem.\*' matches no parameter"),

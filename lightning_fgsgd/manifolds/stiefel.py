@@ -26,6 +26,7 @@ _REACH = (
     {3: 0.046, 4: 0.4, 5: 1.59, 6: 4.5, 7: 11.2, 8: 26.3, 9: 60.5, 10: 137.0},
 )
 _MOST_ITERATIONS = (8, 10)
+SHORT = 0.05  # of t, for a point that is not on the manifold: tr(vᵀv) is below p for none that a tangent step leads to
 _SERIES_REACH = 0.5  # a step that turns a component further is rare
 _SERIES = [math.prod((-0.5 - k) / (k + 1) for k in range(degree)) for degree in range(9)]  # of (1 + x)^(-1/2)
 
@@ -87,7 +88,7 @@ class Stiefel(Manifold):
 
     @staticmethod
     def reach(gram: Any) -> float:
-        """The t = ‖h‖² up to which :meth:`inverse_root` of such matrices is exact to rounding."""
+        """The t = ‖h‖² up to which :meth:`inverse_root` of such matrices is exact to rounding; from −:data:`SHORT` on."""
         double = matrices.is_double(gram)
         return _REACH[double][_MOST_ITERATIONS[double]] if isinstance(gram, Tensor) else _SERIES_REACH
 
