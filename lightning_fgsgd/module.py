@@ -19,7 +19,8 @@ class FGSGDMixin:
 
     Put it before ``LightningModule`` among the base classes. The options of :class:`~lightning_fgsgd.FGSGD` (``lr``,
     ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``maximize``, ``rho``, ``metric``, ``fused``) are read from
-    the module's attributes, then from its ``hparams``; the optimizer's defaults hold otherwise. The weights are grouped with
+    the module's attributes, but for methods and modules (``self.metric`` may be one of torchmetrics'), then from its
+    ``hparams``; the optimizer's defaults hold otherwise. The weights are grouped with
     the settings of the :class:`~lightning_fgsgd.POMGrouping` among the Trainer's callbacks, or with its defaults.
 
     Raises:
@@ -64,7 +65,8 @@ class FGSGDMixin:
         hparams = getattr(self, "hparams", {})
         options = {}
         for name in _OPTIONS:
-            if hasattr(self, name):
+            # A module may have a `metric` that is a torchmetrics one, or a method of such a name.
+            if hasattr(self, name) and not callable(getattr(self, name)):
                 options[name] = getattr(self, name)
             elif name in hparams:
                 options[name] = hparams[name]

@@ -17,7 +17,8 @@ class RobbinsMonroLR(lr_scheduler.LambdaLR):
 
     Args:
         optimizer: its learning rates are the r0.
-        tau: τ, the number of steps after which the decay sets in.
+        tau: τ, the number of steps after which the decay sets in. Of the scheduler's: in Lightning return
+            ``{"scheduler": RobbinsMonroLR(optimizer), "interval": "step"}``, or it takes one an epoch.
         kappa: κ, in (1/2, 1].
         warmup: steps of linear warm-up; t counts from their end.
         last_epoch: as in every torch scheduler.

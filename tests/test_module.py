@@ -1,6 +1,7 @@
 import pytest
 import torch
 from pytorch_lightning import LightningModule
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fgsgd import FGSGD, FGSGDMixin, POMGrouping
 from tests.lit import LitBase, LitTiny, loader, trainer
@@ -32,6 +33,14 @@ def test_options_come_from_attributes_then_hparams_then_defaults():
     module.rho = None
     group = module.configure_optimizers().param_groups[0]
     assert (group["lr"], group["momentum"], group["rho"], group["weight_decay"]) == (0.2, 0.7, None, 0.0)
+
+
+def test_a_torchmetrics_metric_is_not_taken_for_the_riemannian_one(tmp_path):
+    module = LitTiny()
+    module.metric = MulticlassAccuracy(3)
+    assert module.configure_optimizers().param_groups[0]["metric"] == "start"
+    with pytest.raises(ValueError, match=r"metric: unknown metric MulticlassAccuracy\(\)"):
+        FGSGD(module.parameters(), metric=module.metric)
 
 
 def test_a_scheduler_is_left_to_the_user(tmp_path):

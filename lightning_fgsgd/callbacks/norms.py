@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_fgsgd import scaling
 from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_fgsgd.bounds import CHECKS, LayerNorms, layer_norms, table1
+from lightning_fgsgd.callbacks._layers import layer_names
 from lightning_fgsgd.checkpoint import whole
 from lightning_fgsgd.components import cutting_of
 from lightning_fgsgd.manifolds import working
@@ -118,7 +119,9 @@ class NormBoundMonitor(Callback):
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        # A batch may take several steps, or none.
+        every, last = self.every_n_steps, self.history[-1]["step"] if self.history else 0
+        if every and trainer.global_step // every > last // every:
             self._look(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -133,9 +136,10 @@ class NormBoundMonitor(Callback):
         # Looked already: between two steps of accumulated gradients, or before the checkpoint from which this fit goes on.
         if self.history and self.history[-1]["step"] == trainer.global_step:
             return
+        poms = {p: pom for _, p, pom in _constrained(trainer)}
+        names = layer_names(pl_module, poms)
         self.latest = {
-            pom.name.removesuffix(".weight"): layer_norms(pom, whole_of(p), scaling.gamma(pom.cutting)).cpu()
-            for _, p, pom in _constrained(trainer)
+            names[p]: layer_norms(pom, whole_of(p), scaling.gamma(pom.cutting)).cpu() for p, pom in poms.items()
         }
         layers = {name: norms.largest() | norms.checks() for name, norms in self.latest.items()}
         network = self._bounds(trainer, pl_module, [norms.groups for norms in self.latest.values()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from lightning_fgsgd._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_fgsgd.callbacks._layers import layer_names
 from lightning_fgsgd.features import FeatureReader
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.pom import POM
@@ -117,7 +117,7 @@ class FeatureStdRescaling(Callback):
             )
         # From a checkpoint of the last batch of an epoch Lightning goes on with the next, without a hook between.
         if self._epoch is not None and trainer.current_epoch > self._epoch:
-            self._close(trainer)
+            self._close(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._watch(trainer, pl_module)
@@ -153,7 +153,7 @@ class FeatureStdRescaling(Callback):
             self._gather()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._close(trainer)
+        self._close(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._unhook()
@@ -169,11 +169,10 @@ class FeatureStdRescaling(Callback):
     def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch every layer whose weight is constrained; layers that were unfrozen meanwhile join."""
         self._unhook()
-        poms: dict[Tensor, POM] = {}
-        for optimizer in trainer.optimizers:
-            poms |= _poms(optimizer)
+        poms = _poms(trainer)
+        names = layer_names(pl_module, poms)
         for param, pom in poms.items():
-            name = _layer(pom)
+            name = names[param]
             if name in self._metrics:
                 continue
             metric = self._metrics[name] = FeatureStd(pom.layer.in_channels, _pools(pom))
@@ -184,12 +183,12 @@ class FeatureStdRescaling(Callback):
                 metric.moments = own_part(self._moments[name]).to(metric.moments)
 
         def update(weight: Tensor, features: Tensor, dim: int) -> None:
-            self._metrics[_layer(poms[weight])].update(features, dim=dim)
+            self._metrics[names[weight]].update(features, dim=dim)
 
         def output(weight: Tensor, features: Tensor) -> None:
             spatial = len(poms[weight].layer.kernel)
             pixels = features.shape[-spatial:].numel() if spatial else features.shape[1:-1].numel()
-            self._feature_map[_layer(poms[weight])] = pixels
+            self._feature_map[names[weight]] = pixels
 
         self._reader = FeatureReader(pl_module, poms, update, output)
 
@@ -206,28 +205,27 @@ class FeatureStdRescaling(Callback):
         parts = of_processes(message).split([x.shape[1] for x in moments], 2)
         self._moments = dict(zip(self._metrics, parts, strict=True))
 
-    def _close(self, trainer: Trainer) -> None:
+    def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute λ of the epoch, of all that all processes read; a layer may have been used in some of them only."""
         if not self._open:
             return
         self._open = False
         found: list[tuple[str, Tensor]] = []
         rows = []
-        for optimizer in trainer.optimizers:
-            poms = list(_poms(optimizer).values())
-            # R of a sharded weight is in all the processes that share it.
-            parts = {
-                i: (p.shard, (p.radius,)) for i, p in enumerate(poms) if p.shard is not None and not p.shard.gathered
-            }
-            spread = {i: torch.cat([radius for (radius,) in shares]) for i, shares in collect(parts).items()}
-            for i, pom in enumerate(poms):
-                name, radius = _layer(pom), spread[i].to(pom.radius) if i in spread else pom.radius
-                if name not in self._moments:
-                    continue
-                moments = merge_moments(self._moments[name].to(radius.device))
-                std = standard_deviation(moments, _pools(pom)).to(radius)
-                found.append((name, std))
-                rows.append(torch.stack([moments[0].max().to(radius), std.mean(), radius.mean(), *radius.aminmax()]))
+        poms = _poms(trainer)
+        names = layer_names(pl_module, poms).values()
+        # R of a sharded weight is in all the processes that share it.
+        shards = {i: (pom.shard, (pom.radius,)) for i, pom in enumerate(poms.values()) if pom.shard is not None}
+        parts = {i: (shard, radius) for i, (shard, radius) in shards.items() if not shard.gathered}
+        spread = {i: torch.cat([radius for (radius,) in shares]) for i, shares in collect(parts).items()}
+        for i, (name, pom) in enumerate(zip(names, poms.values(), strict=True)):
+            radius = spread[i].to(pom.radius) if i in spread else pom.radius
+            if name not in self._moments:
+                continue
+            moments = merge_moments(self._moments[name].to(radius.device))
+            std = standard_deviation(moments, _pools(pom)).to(radius)
+            found.append((name, std))
+            rows.append(torch.stack([moments[0].max().to(radius), std.mean(), radius.mean(), *radius.aminmax()]))
         if not rows:
             return
         pixels = torch.tensor([self._feature_map.get(name, 0) for name, _ in found], device=rows[0].device)
@@ -270,9 +268,10 @@ class FeatureStdRescaling(Callback):
 
     def _rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clamped, held = 0, _norms_are_frozen(pl_module)
+        names = layer_names(pl_module, _poms(trainer))
         for optimizer in (o for o in trainer.optimizers if isinstance(o, FGSGD)):
             for param, pom in optimizer.poms.items():
-                name = _layer(pom)
+                name = names[param]
                 std = self._last.pop(name, None)
                 if std is None or not param.requires_grad:  # frozen weights stay as they are
                     continue
@@ -339,14 +338,11 @@ def _norms_are_frozen(module: LightningModule) -> bool:
     return bool(frozen) and all(frozen)
 
 
-def _poms(optimizer: Any) -> Mapping[Tensor, POM]:
-    return optimizer.poms if isinstance(optimizer, FGSGD) else {}
+def _poms(trainer: Trainer) -> dict[Tensor, POM]:
+    """The constrained weights of all optimizers."""
+    return {p: pom for o in trainer.optimizers if isinstance(o, FGSGD) for p, pom in o.poms.items()}
 
 
 def _pools(pom: POM) -> int:
     """How many λ a layer has: one for each input channel, or for blocks one for each conv group."""
     return pom.layer.conv_groups if pom.layer.kind == "filter" else pom.layer.in_channels
-
-
-def _layer(pom: POM) -> str:
-    return pom.name.removesuffix(".weight")

@@ -4,14 +4,16 @@ import logging
 import pytest
 import timm
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.functional import cross_entropy
 
-from lightning_fgsgd import FGSGD, FeatureStd, FeatureStdRescaling, POMGrouping, pom_param_groups
+from lightning_fgsgd import FGSGD, FeatureStd, FeatureStdRescaling, NormBoundMonitor, POMGrouping, pom_param_groups
 from lightning_fgsgd.scaling import gamma
+from tests.conftest import TinyNet
 from tests.lit import LitBase, LitTiny, loader, trainer
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -319,6 +321,54 @@ def test_a_fit_stopped_after_an_epoch_and_resumed_ends_like_one_that_was_not(tmp
     ]
     assert histories[0] == histories[1]
     assert torch.load(tmp_path / "part" / "epoch=1.ckpt", weights_only=True)
+
+
+class Twins(LightningModule):
+    """Two networks with the same names of layers, each with groups of its own; the second's images are ten times larger."""
+
+    def __init__(self, optimizers):
+        super().__init__()
+        self.automatic_optimization = False
+        self.number = optimizers
+        torch.manual_seed(0)
+        self.first, self.second = TinyNet(), TinyNet()
+
+    def configure_optimizers(self):
+        groups = [pom_param_groups(net, start="project") for net in (self.first, self.second)]
+        if self.number == 1:
+            return FGSGD([*groups[0], *groups[1]], lr=0.01)
+        return [FGSGD(each, lr=0.01) for each in groups]
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        loss = sum(cross_entropy(net(x), batch[1]) for net, x in ((self.first, batch[0]), (self.second, 10 * batch[0])))
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_networks_with_the_same_names_of_layers_have_each_its_own_lambda_and_radius(tmp_path, optimizers):
+    callback, monitor = FeatureStdRescaling(every_n_batches=1), NormBoundMonitor(every_n_steps=3)
+    module = Twins(optimizers)
+    fit = trainer(tmp_path, callback, monitor, max_epochs=2)
+    fit.fit(module, loader())
+    layers = callback.history[0]["layers"]
+    named = {f"{net}.{layer}" for net in ("first", "second") for layer in ("conv", "linear")}
+    assert named <= set(layers) == set(monitor.latest)
+    assert layers["second.conv"]["std"] == pytest.approx(10 * layers["first.conv"]["std"], rel=1e-5)
+    for net in (module.first, module.second):
+        (look,) = (o.pom(net.conv.weight) for o in fit.optimizers if o.pom(net.conv.weight) is not None)
+        assert bool((look.radius < 1).all())  # γ/λ of that network
+    assert (
+        callback.history[1]["layers"]["second.conv"]["radius"]
+        < 0.2 * callback.history[1]["layers"]["first.conv"]["radius"]
+    )
+    # Two optimizers count two steps a batch: no look is skipped, whatever number divides the count.
+    steps = [row["step"] for row in monitor.history]
+    assert steps == ([0, 3, 6] if optimizers == 1 else [0, 4, 6, 10, 12, 16])
 
 
 def test_a_second_fit_starts_anew(tmp_path):
