@@ -214,10 +214,9 @@ class TimmData(ImageData):
         dataset.transform = transform
         reader = getattr(dataset, "reader", dataset)
         classes = getattr(reader, "class_to_idx", None)
-        if classes and len(classes) != self.num_classes:
-            raise ValueError(
-                f"data.num_classes: {self.num_classes} was given, but {self.root!r} has {len(classes)} classes"
-            )
+        found = len(set(classes.values())) if classes else 0  # torchvision's ImageNet has several names for a class
+        if classes and found != self.num_classes:
+            raise ValueError(f"data.num_classes: {self.num_classes} was given, but {self.root!r} has {found} classes")
         if classes and split == "train":
             self._classes = classes
         elif classes and classes != self._classes:

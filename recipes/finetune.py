@@ -64,9 +64,9 @@ class FinetuneCLI(LightningCLI):
             return
         optimizer = trainer.optimizers[0]  # trainer.test lets go of it
         results = trainer.test(model, self.datamodule, verbose=False)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by all processes: it is sent round
         if not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         plots = []
         if self.curve.epochs:
             plots.append(plot_learning_curve(self.curve.epochs, folder / "learning_curve.png"))

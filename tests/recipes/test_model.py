@@ -7,6 +7,7 @@ from pytorch_lightning import Callback
 from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo, create_transform
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fgsgd import FeatureStdRescaling, POMGrouping
@@ -128,6 +129,40 @@ def test_a_file_of_weights_is_loaded(tmp_path, pretrained):
     torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
     module = LitClassifier(pretrained=str(tmp_path / "weights.pth"))
     assert torch.equal(module.model.conv_stem.weight, pretrained.conv_stem.weight)
+
+
+def test_weights_with_another_number_of_classes_are_refused_with_what_to_do(tmp_path):
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), file)
+    with pytest.raises(ValueError, match=r"has 10 classes, and that of ResNet 1000; give --model.model_args '{num_cl"):
+        LitClassifier("resnet10t", pretrained=str(file))
+    LitClassifier("resnet10t", pretrained=str(file), num_classes=3, model_args={"num_classes": 10})
+
+
+class Norms(Callback):
+    """How many norms were in training mode in each batch; ends the fit after the first, if asked for."""
+
+    def __init__(self, stop=None):
+        self.stop = stop
+        self.training = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.training.append(sum(m.training for m in pl_module.modules() if isinstance(m, nn.BatchNorm2d)))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.stop is not None:
+            trainer.save_checkpoint(self.stop)
+            trainer.should_stop = True
+
+
+def test_frozen_norms_are_frozen_in_a_fit_that_goes_on_in_mid_epoch(tmp_path):
+    images = DataLoader(TensorDataset(torch.rand(12, 3, 32, 32), torch.arange(12) % 10), batch_size=4)
+    module, path = LitClassifier("resnet10t", pretrained=False, lr=0.001, freeze_norms=True), tmp_path / "one.ckpt"
+    trainer(tmp_path, POMGrouping(), Norms(path), max_epochs=1).fit(module, images)
+    seen = Norms()
+    trainer(tmp_path, POMGrouping(), seen, max_epochs=2).fit(module, images, ckpt_path=path)
+    assert seen.training
+    assert not any(seen.training)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused():
