@@ -157,10 +157,10 @@ class Norms(Callback):
 
 def test_frozen_norms_are_frozen_in_a_fit_that_goes_on_in_mid_epoch(tmp_path):
     images = DataLoader(TensorDataset(torch.rand(12, 3, 32, 32), torch.arange(12) % 10), batch_size=4)
-    module, path = LitClassifier("resnet10t", pretrained=False, lr=0.001, freeze_norms=True), tmp_path / "one.ckpt"
-    trainer(tmp_path, POMGrouping(), Norms(path), max_epochs=1).fit(module, images)
+    first, second = (LitClassifier("resnet10t", pretrained=False, lr=0.001, freeze_norms=True) for _ in range(2))
+    trainer(tmp_path, POMGrouping(), Norms(tmp_path / "one.ckpt"), max_epochs=1).fit(first, images)
     seen = Norms()
-    trainer(tmp_path, POMGrouping(), seen, max_epochs=2).fit(module, images, ckpt_path=path)
+    trainer(tmp_path, POMGrouping(), seen, max_epochs=2).fit(second, images, ckpt_path=tmp_path / "one.ckpt")
     assert seen.training
     assert not any(seen.training)
 
