@@ -18,8 +18,9 @@ def _precision():
 
 
 def allowed():
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    return [b.fp32_precision for b in backends] if NEW else torch.get_float32_matmul_precision()
+    if not NEW:
+        return torch.get_float32_matmul_precision()
+    return [b.fp32_precision for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
 
 
 @pytest.mark.usefixtures("_precision")
