@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from lightning_fgsgd import checkpoint, checks
+from lightning_fgsgd.look import ProductOfManifolds
 from lightning_fgsgd.plan import POMParamGroup, POMParamGroups, POMPlan
-from lightning_fgsgd.pom import POM, ProductOfManifolds
+from lightning_fgsgd.pom import POM
 from lightning_fgsgd.sharding import anywhere, count, largest, local, opened, shard_of, split_like, version, whole_of
 from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, together, undisturbed
 

@@ -16,36 +16,15 @@ from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.factors import factor_of, inverse_in_two_terms, pack_upper, unpack_upper
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import IndexSets
+from lightning_fgsgd.look import ProductOfManifolds
 from lightning_fgsgd.manifolds import Manifold, get_manifold, wide, working, working_dtype
 from lightning_fgsgd.matrices import expand
 from lightning_fgsgd.plan import PlannedWeight, layer_seed
 from lightning_fgsgd.sharding import Shard, largest
 
-__all__ = ["METRICS", "POM", "ProductOfManifolds"]
+__all__ = ["METRICS", "POM"]
 
 METRICS = ("start", "unit", "embedded")
-
-
-class ProductOfManifolds(NamedTuple):
-    """A look at one constrained weight, as ``optimizer.pom(param)`` gives it. k components of n x p.
-
-    Attributes:
-        components: the weights ω as they stand at the call, (k, n, p).
-        manifold: index of each component's manifold in ``manifold_names``, (k,).
-        manifold_names: names of the manifolds.
-        group: number of each component's group, (k,).
-        radius: R of each component, (k,).
-        scale: S of each component, (k, p, p); the identity where the start was not ``"preserve"``.
-        start: how the weight got onto its manifolds.
-    """
-
-    components: Tensor
-    manifold: Tensor
-    manifold_names: tuple[str, ...]
-    group: Tensor
-    radius: Tensor
-    scale: Tensor
-    start: str
 
 
 class Part(NamedTuple):

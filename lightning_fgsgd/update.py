@@ -287,10 +287,9 @@ def finite_sums(updates: Sequence[Update]) -> tuple[list[Tensor | None], Tensor 
     if not known:
         return sums, None
     # By device: a model may be spread over several.
-    largest = {
-        device: torch.cat([x for x in known if x.device == device]).max() for device in {x.device for x in known}
-    }
-    finite = together(largest.values()).max() <= checks.LARGEST_GRADIENT**2
+    devices = dict.fromkeys(x.device for x in known)
+    worst = together(torch.cat([x for x in known if x.device == device]).max() for device in devices)
+    finite = worst.max() <= checks.LARGEST_GRADIENT**2
     if all(update.can_wait for update in updates):
         return sums, finite
     bad = not bool(finite)
