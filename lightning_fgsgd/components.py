@@ -115,6 +115,18 @@ class Cutting:
         dense = weight.permute(0, *by_stride)
         return dense.view(-1, self.p, self.n).mT if dense.is_contiguous() else None
 
+    def strides(self, weight: Tensor) -> tuple[int, int, int, int] | None:
+        """Strides of :meth:`view`: of the two axes that count the components (the first alone, of blocks), of a component's
+        rows and of its columns; None where there is no view.
+        """
+        view = self.view(weight)
+        if view is None:
+            return None
+        first, *second = view.stride()[:-2]
+        if not second:
+            first, second = first * (1 if self.kind == "filter" else self.shape[1]), [first]
+        return first, second[0], view.stride(-2), view.stride(-1)
+
     def join(self, components: Tensor) -> Tensor:
         """The weight whose components are ``components`` (k, n, p): the inverse of :meth:`cut`."""
         if self.kind == "kernel":

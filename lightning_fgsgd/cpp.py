@@ -143,16 +143,39 @@ static inline int64_t pitch_of(int64_t columns) {
   return (lines < 16 ? lines : lines | 1) * line;
 }
 
-static inline void copy(int64_t n, matrix to, matrix from) {
-  for (int i = 0; i < P; ++i) memcpy(to[i], from[i], n * sizeof(real));
-}
-
 template <int N>  // N numbers: a multiple of the identity, a diagonal, or all of the matrix
 static inline void fill(real (*z)[P], const real* from) {
   if (N == P * P && P > 1) { memcpy(z, from, P * P * sizeof(real)); return; }
   clear(z);
   for (int i = 0; i < P; ++i) z[i][i] = from[N == 1 ? 0 : i];
 }
+
+struct components {  // of a weight: strides of the two axes that count them, from number to number in a row, from row to row
+  real* at;
+  int64_t second;  // how many there are along the second axis
+  const int64_t* strides;
+
+  bool spread() const { return strides[2] != 1; }
+  real* operator[](int64_t k) const { return at + k / second * strides[0] + k % second * strides[1]; }
+  matrix ahead(int64_t k) const { return at && !spread() ? matrix{(*this)[k], strides[3]} : matrix{}; }
+
+  matrix rows(int64_t n, int64_t k, real* room) const {  // where they lie; in the room, if their numbers are not neighbours
+    if (!at) return {};
+    if (!spread()) return {(*this)[k], strides[3]};
+    const real* const from = (*this)[k];
+    for (int i = 0; i < P; ++i)
+      for (int64_t d = 0; d < n; ++d) room[i * n + d] = from[d * strides[2] + i * strides[3]];
+    return {room, n};
+  }
+
+  void write(int64_t n, int64_t k, matrix from) const {
+    real* const to = (*this)[k];
+    for (int i = 0; i < P; ++i) {
+      if (!spread()) memcpy(to + i * strides[3], from[i], n * sizeof(real));
+      else for (int64_t d = 0; d < n; ++d) to[d * strides[2] + i * strides[3]] = from[i][d];
+    }
+  }
+};
 
 static inline void scale_row(int64_t n, real* out, const real* a, real x, const real* ahead) {
   int64_t d = 0;

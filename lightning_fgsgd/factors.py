@@ -16,8 +16,8 @@ __all__ = [
     "factor",
     "factor_of",
     "inverse_factor",
-    "inverse_in_two_terms",
     "pack_upper",
+    "rounded_inverse",
     "unpack_upper",
     "upper_entries",
 ]
@@ -59,11 +59,9 @@ def inverse_factor(upper: Tensor) -> Tensor:
     return inverse * (1 - dead)[:, None, :]
 
 
-def inverse_in_two_terms(upper: Tensor) -> Tensor:
-    """The inverse of U, (2, ...): rounded to U's precision, and by how much that is too large."""
-    exact = inverse_factor(wide(upper))
-    rounded = exact.to(upper)
-    return torch.stack([rounded, (rounded.to(exact) - exact).to(upper)])
+def rounded_inverse(upper: Tensor) -> Tensor:
+    """The inverse of U, found in double precision and rounded to U's; contiguous, as compiled code reads it."""
+    return inverse_factor(wide(upper)).to(upper).contiguous()
 
 
 def upper_entries(p: int) -> list[tuple[int, int]]:

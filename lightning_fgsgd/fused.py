@@ -3,11 +3,12 @@
 The functions of the step are run once on symbols, which write down every operation that is done to them. That list of
 operations is the body of a loop over the components of a weight, so there is no second version of the mathematics. Small
 kernels are symbols entry by entry, a vector of components at a time (:mod:`~lightning_fgsgd.source`), contiguous or
-channels_last; blocks of output neurons are symbols row by row, one block at a time (:mod:`~lightning_fgsgd.source_blocks`).
+channels_last; blocks of output neurons, and large kernels, are symbols row by row, one at a time
+(:mod:`~lightning_fgsgd.source_blocks`).
 One loop serves all weights whose components have the same size, whatever their shape: sizes, strides and the numbers of the
 step stand in a table, and it is called once for all of them. torch's own code cache compiles it, in seconds, once a machine.
 
-For float32 and float64 on a CPU. All else, and large kernels, go through :mod:`~lightning_fgsgd.eager`.
+For float32 and float64 on a CPU. All else goes through :mod:`~lightning_fgsgd.eager`.
 """
 
 from __future__ import annotations
@@ -58,11 +59,9 @@ def _suits(pom: POM, tensors: list[Tensor]) -> bool:
         return False
     if pom.cutting.small:
         return pom.cutting.n * pom.cutting.p <= 16 or pom.cutting.count >= WORTH_COMPILING
-    return (
-        pom.cutting.kind == "filter"
-        and pom.cutting.p <= _MOST_ROWS
-        and all(x.stride() == weight.stride() for x in tensors)
-    )
+    # The rows of a block come in the order in which they lie in memory.
+    alike = pom.cutting.kind == "kernel" or all(x.stride() == weight.stride() for x in tensors)
+    return alike and pom.cutting.p <= _MOST_ROWS
 
 
 @functools.cache
@@ -116,13 +115,13 @@ def _threads(weight: Tensor) -> int:
 
 @functools.cache
 def _kernel(variant: tuple[Any, ...], kind: str) -> tuple[Any, Any]:
-    """The compiled code of a variant; and of blocks, how many numbers a thread needs as room, by the fan-in."""
+    """The compiled code of a variant; and of what is larger, how many numbers a thread needs as room, by the layout."""
     library = _compile((source if variant[0] else block_source)(variant, kind))
     library.kernel.argtypes = (ctypes.c_int64, ctypes.c_void_p)
     library.kernel.restype = None
     if variant[0]:
         return library.kernel, None
-    library.room_for.argtypes = (ctypes.c_int64,)
+    library.room_for.argtypes = (ctypes.c_void_p,)
     library.room_for.restype = ctypes.c_int64
     return library.kernel, library.room_for
 
@@ -154,15 +153,14 @@ def source(variant: tuple[Any, ...], kind: str) -> str:
 
 
 def block_source(variant: tuple[Any, ...], kind: str) -> str:
-    """As :func:`source`, for blocks of p output neurons, of any fan-in."""
+    """As :func:`source`, for blocks of p output neurons, of any fan-in, and for large kernels."""
     _, p, names, entries, has_radius, _, dtype = variant
     programs = []
     for number, name in names:
         program = BlockProgram(dtype, p, name)
-        places = (f"U + k * {entries}", f"V + k * {entries}", f"V + (count + k) * {entries}") if entries else ()
-        upper, *inverse = (program.stored(place, entries) for place in places) if places else (None,)
+        upper, inverse = (program.stored(f"{x} + k * {entries}", entries) if entries else None for x in "UV")
         alone = (*variant[:2], ((number, name),), *variant[3:])
-        found = written(program, alone, kind, functools.partial(Rows, program), upper, inverse or None)
+        found = written(program, alone, kind, functools.partial(Rows, program), upper, inverse)
         if kind == "squares":
             program.store("out[k]", found[0])
         else:
@@ -210,19 +208,21 @@ def _address(x: Tensor | None) -> int:
 
 def _told(job: Job, kind: str) -> _Told:
     pom, weight, cutting = job.pom, job.weight, job.pom.cutting
-    second = weight if job.buffer is None else job.buffer
-    key = ("told", kind, job.metric, weight.dtype, weight.stride(), job.grad.stride(), second.stride())
+    moved_along = weight if job.buffer is None else job.buffer
+    key = ("told", kind, job.metric, weight.dtype, weight.stride(), job.grad.stride(), moved_along.stride())
     if key not in pom.layouts:
         kernel, room_for = _kernel(variant_of(pom, weight, job.metric), kind)
         of_pom: tuple[Tensor | None, ...]
         if cutting.small:
-            layout = _layout(pom, weight, job.grad, second)
+            layout = _layout(pom, weight, job.grad, moved_along)
             of_pom = (pom.upper, None, pom._radius, pom.sets.manifold, pom.sets.slot)
             room = 8 * pom.num_groups if kind == "squares" else 0, 0
         else:
-            layout = array("q", (cutting.count, cutting.n))
+            second = 1 if cutting.kind == "filter" else cutting.shape[1]
+            strides = (s for x in (weight, job.grad, moved_along) for s in cutting.strides(x) or ())
+            layout = array("q", (cutting.count, cutting.n, second, *strides))
             of_pom = (pom.upper, pom.inverse, None if pom.all_ones else pom.radius, pom.sets.manifold, pom.group)
-            room = room_for(cutting.n) * weight.element_size(), cutting.count * weight.element_size()
+            room = room_for(layout.buffer_info()[0]) * weight.element_size(), cutting.count * weight.element_size()
         pom.layouts[key] = _Told(kernel, layout, of_pom, tuple(map(_address, of_pom)), room)
     found: _Told = pom.layouts[key]
     return found

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.factors import inverse_in_two_terms, unpack_upper
+from lightning_fgsgd.factors import rounded_inverse, unpack_upper
 from lightning_fgsgd.job import Job
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.source_gpu import NUMBERS, TOTAL, Pools, TritonProgram, lane_kernel
@@ -186,8 +186,8 @@ def block_source(variant: tuple[Any, ...], kind: str, pool: Pools, reads_by: str
     """As :func:`source`, for blocks of p output neurons, of any fan-in, and for larger kernels."""
     _, p, _, entries, has_radius, _, _ = variant
     program = BlockTiles(p, dense)
-    upper, *inverse = (Matrix(program, x) for x in ("u", "inverse", "excess")) if entries else (None,)
-    found = written(program, variant, kind, lambda x: Tiles(program, name=x), upper, inverse or None)
+    upper, inverse = (Matrix(program, x) for x in ("u", "inverse")) if entries else (None, None)
+    found = written(program, variant, kind, lambda x: Tiles(program, name=x), upper, inverse)
     layout: dict[str, Any] = {"pool": pool, "reads_by": reads_by}
     if kind == "squares":
         return block_kernel(program, entries, has_radius, weights=None, momentum=None, square=found[0], **layout)
@@ -278,12 +278,12 @@ def _row(job: Job) -> tuple[int, ...]:
 
 
 def _factors(pom: POM) -> tuple[Tensor | None, Tensor | None]:
-    """U of every component as a compact matrix (k, 1, 1), (k, 1, p) or (k, p, p), and its inverse in two terms."""
+    """U of every component as a compact matrix (k, 1, 1), (k, 1, p) or (k, p, p), and its inverse."""
     if pom.upper is None or pom.inverse is not None:
         return pom.upper, pom.inverse
     if "factors" not in pom.layouts:
         upper = unpack_upper(pom.upper, pom.cutting, (pom.cutting.count,), slice(None)).contiguous()
-        pom.layouts["factors"] = upper, inverse_in_two_terms(upper)
+        pom.layouts["factors"] = upper, rounded_inverse(upper)
     found: tuple[Tensor, Tensor] = pom.layouts["factors"]
     return found
 
@@ -292,13 +292,6 @@ def _strides(pom: POM, x: Tensor) -> tuple[int, ...] | None:
     """Strides of the first and second axis that count the components, and of their rows and columns; None without a view."""
     key = ("gpu", x.stride())
     if key not in pom.layouts:
-        view = pom.cutting.view(x)
-        if view is None:
-            pom.layouts[key] = None
-        else:
-            outer = view.stride()[:-2]
-            if len(outer) == 1:
-                outer = outer[0] * (1 if pom.cutting.kind == "filter" else pom.cutting.shape[1]), outer[0]
-            pom.layouts[key] = (*outer, view.stride(-2), view.stride(-1))
+        pom.layouts[key] = pom.cutting.strides(x)
     found: tuple[int, ...] | None = pom.layouts[key]
     return found

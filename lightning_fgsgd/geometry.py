@@ -32,7 +32,7 @@ class Geometry:
         inverse_root_metric: 1/√m of each component; see :meth:`~lightning_fgsgd.pom.POM.metric`.
         radius: R of each component; None for 1.
         upper: U of each component; a compact tensor, or Planes; None for the identity.
-        inverse: its inverse, of blocks: rounded, and by how much that is too large.
+        inverse: its inverse, of what is larger than small kernels; these are solved for one column after the other.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Geometry:
         inverse_root_metric: Any,
         radius: Any = None,
         upper: Any = None,
-        inverse: Sequence[Any] | None = None,
+        inverse: Any = None,
     ) -> None:
         self.manifolds = manifolds
         self.inverse_root_metric = inverse_root_metric
@@ -56,9 +56,7 @@ class Geometry:
             return q
         if self.inverse is None:
             return _solve(q, self.upper)
-        # What the inverse's own rounding does is the same in every step, and would add up.
-        rounded, excess = self.inverse
-        return matrices.subtract_product(matmul(q, rounded), q, excess)
+        return self._straightened(matmul(q, self.inverse))
 
     def pull(self, grad: Any) -> Any:
         """The gradient for q of the gradient G for ω: R · G · Uᵀ."""
@@ -116,6 +114,18 @@ class Geometry:
                 grad = where(mask, matrices.combine(grad, 1.0, omega, decay), grad)
         return grad
 
+    def _straightened(self, q: Any) -> Any:
+        """Each column of q on Stiefel made orthogonal to those before it, up to the square of what is missing.
+
+        Where U is ill-conditioned, the rounding of ω and of U⁻¹ is magnified in the columns of small diagonal entries, that
+        of U⁻¹ in the same way in every step. The retraction would turn the large columns to meet it.
+        """
+        for manifold, mask in self.manifolds:
+            if isinstance(manifold, Stiefel):
+                inner = matrices.symmetric_matmul(q.mT, q)
+                return matrices.subtract_product(q, q, where(mask, matrices.strictly_upper(inner), 0.0))
+        return q
+
     def _select(self, of_each: list[Any]) -> Any:
         """Of each component the matrix that belongs to its manifold."""
         found = list(zip((mask for _, mask in self.manifolds), of_each, strict=True))
@@ -136,8 +146,7 @@ def _is_full(upper: Any) -> bool:
 def _solve(omega: Any, upper: Any) -> Any:
     """ω · U⁻¹ by back substitution; columns whose diagonal entry is zero become zero.
 
-    Where U is ill-conditioned, the rounding of ω is magnified in the columns of small diagonal entries. They are made
-    orthogonal to those before them, so that the retraction does not turn the large columns to meet that noise.
+    Columns are made orthogonal to those before them, for what :meth:`Geometry._straightened` says.
     """
     if isinstance(upper, Tensor) and upper.shape[-2] == 1:
         return omega * where(upper == 0, 0.0, 1 / where(upper == 0, 1.0, upper))

@@ -197,6 +197,11 @@ def add_identity(m: Any, value: float, factor: float = 1.0) -> Any:
     return m
 
 
+def strictly_upper(m: Any) -> Any:
+    """What is above the diagonal of ``m``; zero elsewhere."""
+    return m.triu(1) if isinstance(m, Tensor) else m.strictly_upper()
+
+
 def diagonal_where_zero(m: Any) -> Any:
     """The diagonal matrix with a 1 where the diagonal of ``m`` is zero."""
     if isinstance(m, Tensor):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd.components import Cutting
-from lightning_fgsgd.factors import factor_of, inverse_in_two_terms, pack_upper, unpack_upper
+from lightning_fgsgd.factors import factor_of, pack_upper, rounded_inverse, unpack_upper
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.grouping import IndexSets
 from lightning_fgsgd.look import ProductOfManifolds
@@ -79,8 +79,8 @@ class POM:
         self.sets = sets.to(radius.device)
         self.num_groups = sets.num_groups
         self.upper = upper
-        # Kernels are solved for one column after the other; of blocks that would be too slow.
-        self.inverse = None if upper is None or cutting.kind == "kernel" else inverse_in_two_terms(upper)
+        # Small kernels are solved for one column after the other; all else would take too long so.
+        self.inverse = None if upper is None or cutting.small else rounded_inverse(upper)
         self.origins, self.sizes = dict(origins), dict(sizes)
         # Manifolds that occur, by their number in the index sets.
         self.manifolds = {
@@ -154,11 +154,9 @@ class POM:
             self.sets = self.sets.to(device)
             if self.upper is not None:
                 self.upper = self.upper.to(device, dtype)
-            if (
-                self.upper is not None and self.inverse is not None
-            ):  # its second term makes up for the rounding of the first
+            if self.upper is not None and self.inverse is not None:
                 same = self._radius.dtype == dtype
-                self.inverse = self.inverse.to(device) if same else inverse_in_two_terms(self.upper)
+                self.inverse = self.inverse.to(device) if same else rounded_inverse(self.upper)
             self.set_radius(self._radius.to(device, dtype), same=True)
         return self
 
@@ -247,7 +245,7 @@ class POM:
         if metric == "embedded" and radius is not None:
             inverse_root = inverse_root / radius
         upper = None if self.upper is None else unpack_upper(self.upper, self.cutting, batch, part)
-        inverse = None if self.inverse is None else [x.view(*batch, *x.shape[1:])[part] for x in self.inverse]
+        inverse = None if self.inverse is None else self.inverse.view(*batch, *self.inverse.shape[1:])[part]
         return Geometry(manifolds, inverse_root, radius, upper, inverse)
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Symbols for whole blocks of output neurons, and the C++ loop around what is done to them.
+"""Symbols for whole blocks of output neurons, and large kernels, and the C++ loop around what is done to them.
 
-A block is p rows of n numbers, as it lies in memory. All that a step does to it is sums of rows with p x p coefficients, and
-inner products of rows; a block stays in the cache meanwhile, and is read from memory once and written once.
+A block is p rows of n numbers, as it lies in memory; a large kernel is p columns of n, which are copied into rows first. All
+that a step does to it is sums of rows with p x p coefficients, and inner products of rows; it stays in the cache meanwhile,
+and is read from memory once and written once.
 
 A block lives on one manifold, so there is a piece of code for each, and the loop chooses by the block. On Stiefel p x p
 matrices are what they are (:class:`Square`); the other manifolds only ever ask for the diagonal of one (:class:`Diagonal`),
@@ -308,6 +309,10 @@ class Square:
         """Half the sum with the transposed."""
         return self._entries(f"({self.name}[i][j] + {self.name}[j][i]) * real(0.5)")
 
+    def strictly_upper(self) -> Square:
+        """What is above the diagonal."""
+        return Square(self._program, self._entries(f"j > i ? {self.name}[i][j] : real(0)").name, "upper")
+
     def trace(self) -> Symbol:
         """Sum of the diagonal."""
         return self._program.line(" + ".join(f"{self.name}[{i}][{i}]" for i in self.rows))
@@ -339,7 +344,7 @@ def block_loop(programs: Sequence[tuple[int, BlockProgram]], radius: bool, *, bu
         lines = program.allocated("w_ahead", "g_ahead", "b_ahead")
         lines.insert(0, f"const int64_t pitch = {'pitch_of(n)' if program.manifold == 'stiefel' else 'n'};")
         if program.within is not None:
-            stores = "copy(n, w, w_new);" + (" copy(n, b, b_new);" if buffer else "")
+            stores = "of_w.write(n, k, w_new);" + (" of_b.write(n, k, b_new);" if buffer else "")
             lines.append(f"moved[k] = {program.within.name}; if (moved[k]) {{ {stores} }}")
         pieces.append(f"if (M[k] == {number}) {{\n      " + "\n      ".join(lines) + "\n    }")
     _, program = programs[0]
@@ -350,17 +355,23 @@ def block_loop(programs: Sequence[tuple[int, BlockProgram]], radius: bool, *, bu
         + VECTORS
         + BLOCKS
         + f"""
-extern "C" int64_t room_for(int64_t n) {{ return {rooms} * P * pitch_of(n); }}
+extern "C" int64_t room_for(const int64_t* layout) {{
+  const int64_t n = layout[1];
+  const bool spread = layout[5] != 1 || layout[9] != 1 || layout[13] != 1;
+  return {rooms} * P * pitch_of(n) + (spread ? 3 * P * n : 0);
+}}
 {each_weight("int32_t", "real")} {{
-  const int64_t count = layout[0], n = layout[1], size = n * P;
-  real* const out = room + threads * room_for(n);
+  const int64_t count = layout[0], n = layout[1], second = layout[2], each = room_for(layout);
+  const components of_w = {{W, second, layout + 3}}, of_g = {{G, second, layout + 7}}, of_b = {{B, second, layout + 11}};
+  real* const out = room + threads * each;
   {" ".join(f"const real s{i} = s[{i}];" for i in sorted(used))}
   #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t k = 0; k < count; ++k) {{
-    real* const rooms = room + omp_get_thread_num() * room_for(n);
-    const matrix w = {{W + k * size, n}}, g = {{G + k * size, n}}, b = {{B ? B + k * size : nullptr, n}};
-    const int64_t next = k + 1 < count ? 1 : 0;
-    const matrix w_ahead = w.from(next * P), g_ahead = g.from(next * P), b_ahead = b.from(next * P);
+    real *const rooms = room + omp_get_thread_num() * each, *const last = rooms + each;
+    const matrix w = of_w.rows(n, k, last - P * n), g = of_g.rows(n, k, last - 2 * P * n);
+    const matrix b = of_b.rows(n, k, last - 3 * P * n);
+    const int64_t next = k + 1 < count ? k + 1 : k;
+    const matrix w_ahead = of_w.ahead(next), g_ahead = of_g.ahead(next), b_ahead = of_b.ahead(next);
     const real f = F ? F[S[k]] : real(1); {"const real r = R[k];" if radius else ""}
     {" else ".join(pieces)}
   }}

@@ -199,6 +199,10 @@ class Matrix(Symbol):
         """Half the sum with the transposed."""
         return self._block.matrix("({} + {}) * 0.5", self, self.mT)
 
+    def strictly_upper(self) -> Matrix:
+        """What is above the diagonal."""
+        return self._block.matrix("tl.where(row < other_row, {}, 0.0)", self)
+
     def trace(self) -> Symbol:
         """Sum of the diagonal."""
         return self._block.line("tl.sum(tl.sum(tl.where(eye, {}, 0.0), 1))", self)
@@ -235,8 +239,8 @@ def block_kernel(
     """The Triton function ``kernel`` that runs ``program`` for every block of some weights, one to a program.
 
     Args:
-        program: reads the rows ``w`` (weight), ``g`` (gradient), ``b`` (momentum), the matrices ``u`` (U), ``inverse`` and
-            ``excess``, the numbers ``r`` (R), ``m`` (number of the manifold), ``f`` (1/𝔤) and ``s`` (numbers of the step).
+        program: reads the rows ``w`` (weight), ``g`` (gradient), ``b`` (momentum), the matrices ``u`` (U) and ``inverse``,
+            the numbers ``r`` (R), ``m`` (number of the manifold), ``f`` (1/𝔤) and ``s`` (numbers of the step).
         entries: number of entries of U that are stored, 0 if there is none.
         radius: whether there is an R.
         weights, momentum: what the block's rows become, if the program's condition holds.
@@ -259,7 +263,7 @@ def block_kernel(
         f"{x.upper()} += x.to(tl.int64) * {x}_first + z.to(tl.int64) * {x}_second"
         for x in ("w", "g", *(["b"] if momentum is not None else []))
     ]
-    for name, at in (("u", "U + k"), ("inverse", "V + k"), ("excess", "V + (count + k)")):
+    for name, at in (("u", "U + k"), ("inverse", "V + k")):
         if entries == 1:
             code = f"tl.where(eye & (row < P), tl.load({at}), 0.0)"
         elif entries == p:

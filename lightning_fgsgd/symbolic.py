@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +37,7 @@ def written(
     kind: str,
     matrix: Callable[[str], Any],
     upper: Any,
-    inverse: Sequence[Any] | None = None,
+    inverse: Any = None,
     at: str = "",
 ) -> tuple[Any, Any, Any]:
     """Run a step on symbols of ``program``: the new weights, the momentum, and the condition under which they hold.

@@ -126,6 +126,34 @@ def blocks_agree(layout, **options):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("scheme", ["pi", "po", "pio"])
+@pytest.mark.parametrize("start", ["preserve", "project"])
+@pytest.mark.parametrize("kernel", [(16, 16), (8, 11)], ids=str)
+@pytest.mark.usefixtures("quickly_compiled")
+def test_compiled_kernels_that_are_large_equal_those_by_torchs_operations(monkeypatch, kernel, start, scheme):
+    seen, advance = [], fused.advance
+    monkeypatch.setattr(fused, "advance", lambda jobs: seen.extend(j.pom.name for j in jobs) or advance(jobs))
+    found = []
+    for fused_ in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(
+            nn.Conv2d(3, 7, kernel),
+            nn.Conv2d(4, 6, kernel, groups=2).to(memory_format=torch.channels_last),
+            nn.ConvTranspose2d(4, 6, kernel, groups=2),
+        ).to(torch.float64)
+        options = {"manifolds": ("sphere", "oblique", "stiefel", "euclidean"), "weight_decay": 0.1, "momentum": 0.9}
+        optimizer = run(model, fused_, scheme=scheme, start=start, rescale=True, **options)
+        grads_elsewhere = [p.to(memory_format=torch.channels_last).clone() for p in (q.grad for q in optimizer.poms)]
+        for p, grad in zip(optimizer.poms, grads_elsewhere, strict=True):
+            p.grad = grad  # laid out as the weight is not
+        optimizer.step()
+        found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
+        assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
+    assert seen == ["0.weight", "1.weight", "2.weight"] * 4
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
 def test_in_float32_they_agree_to_rounding():
     found = []
     for fused_ in (False, True):
@@ -251,6 +279,28 @@ def test_an_ill_conditioned_gram_matrix_is_kept_as_well_as_any_other(apart, fuse
         rows[1] = 2 * rows[0] + apart * rows[1]
     optimizer = run(model, fused_, steps=20, scale=0.1, manifolds=("stiefel",), momentum=0.9)
     assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
+
+
+@pytest.mark.parametrize("fused_", [False, True])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(16, 64, bias=False), nn.Conv2d(2, 2, 16, bias=False)], ids=["blocks", "kernels"]
+)
+def test_rounding_moves_weights_no_more_where_their_gram_matrix_is_ill_conditioned(layer, fused_):
+    moved = []
+    for condition in (1.0, 1e5):
+        generator = torch.Generator().manual_seed(0)
+        u, v = torch.linalg.qr(torch.randn(2, 4, 16, 16, dtype=torch.float64, generator=generator))[0]
+        singular = torch.logspace(0, -torch.tensor(condition).log10(), 16, dtype=torch.float64)
+        with torch.no_grad():
+            layer.weight.copy_(((u * singular) @ v).reshape(layer.weight.shape))
+        start = layer.weight.detach().clone()
+        options = {"manifolds": ("stiefel",), "start": "preserve", "exclude": ()}
+        optimizer = FGSGD(pom_param_groups(layer, **options), lr=1e-9, momentum=0.9, fused=fused_)
+        for _ in range(100):
+            layer.weight.grad = torch.randn(layer.weight.shape, generator=generator)
+            optimizer.step()
+        moved.append(float((layer.weight - start).norm() / start.norm()))
+    assert max(moved) < 3e-5, moved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -176,6 +176,25 @@ def test_a_second_step_with_gradients_elsewhere_in_memory_reads_those():
 
 
 @on_gpu
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(16, 32, bias=False), nn.Conv2d(2, 2, 5, bias=False)], ids=["blocks", "kernels"]
+)
+def test_rounding_moves_weights_little_where_their_gram_matrix_is_ill_conditioned(layer):
+    generator = torch.Generator().manual_seed(0)
+    p = layer.weight.shape[-1]
+    u, v = torch.linalg.qr(torch.randn(2, layer.weight.numel() // p**2, p, p, generator=generator).double())[0]
+    layer.weight.data = ((u * torch.logspace(0, -5, p, dtype=torch.float64)) @ v).reshape(layer.weight.shape).float()
+    start = layer.weight.detach().clone()
+    layer = layer.to(DEVICE)
+    options = {"manifolds": ("stiefel",), "start": "preserve", "exclude": ()}
+    optimizer = FGSGD(pom_param_groups(layer, **options), lr=1e-9, momentum=0.9, fused=True)
+    for _ in range(20):
+        layer.weight.grad = torch.randn(layer.weight.shape, generator=generator).to(DEVICE)
+        optimizer.step()
+    assert (layer.weight.detach().cpu() - start).norm() < 1e-5 * start.norm()
+
+
+@on_gpu
 def test_without_triton_it_says_so_once_and_steps_all_the_same(monkeypatch):
     monkeypatch.setattr(fused_gpu, "available", lambda: "ModuleNotFoundError: No module named 'triton'")
     monkeypatch.setattr(update, "_said", [])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_fgsgd.factors import factor, inverse_factor, inverse_in_two_terms
+from lightning_fgsgd.factors import factor, inverse_factor, rounded_inverse
 from lightning_fgsgd.geometry import Geometry
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.manifolds.stiefel import _REACH, _SERIES, _SERIES_REACH, Stiefel
@@ -101,10 +101,18 @@ def test_a_factor_gives_the_gram_matrix_back_and_its_inverse_the_unit_point(kind
     torch.testing.assert_close(q @ upper / size.sqrt(), omega / size.sqrt(), atol=1e-6, rtol=0)
 
 
-def test_an_inverse_in_two_terms_has_twice_the_precision():
-    torch.manual_seed(0)
-    upper = (torch.randn(20, 6, 6) / 3 + 2 * torch.eye(6)).triu()
-    exact = torch.linalg.inv(upper.double())
-    rounded, excess = inverse_in_two_terms(upper).double()
-    torch.testing.assert_close(rounded - excess, exact, atol=1e-13, rtol=0)
-    assert (rounded - exact).abs().max() > 1e-9
+def test_with_the_inverse_of_the_factor_rounding_leaves_columns_orthogonal_and_free_components_alone():
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(2, 20, 12, 12, dtype=torch.float64, generator=generator))[0]
+    omega = ((u * torch.logspace(0, -4, 12, dtype=torch.float64)) @ v).float()
+    upper = factor(omega.double().mT @ omega.double(), 1e-14).float()
+    free = (torch.arange(20) % 2 == 0)[:, None, None]
+    upper = torch.where(free, torch.eye(12), upper)
+    manifolds = [(get_manifold("euclidean"), free), (get_manifold("stiefel"), ~free)]
+    q = Geometry(manifolds, 1.0, None, upper, rounded_inverse(upper)).unit(omega)
+    assert torch.equal(q[::2], omega[::2])
+    apart = [(x.mT @ x).triu(1).abs().max() for x in (q[1::2], (omega @ rounded_inverse(upper))[1::2])]
+    assert apart[0] < 3e-6 < 1e-4 < apart[1]
+    assert (q - omega.double() @ inverse_factor(upper.double()))[
+        1::2
+    ].abs().max() < 1e-2  # it is that, but for rounding
