@@ -143,6 +143,12 @@ static inline int64_t pitch_of(int64_t columns) {
   return (lines < 16 ? lines : lines | 1) * line;
 }
 
+static inline real sum_of_squares(const real (*z)[P]) {
+  real sum = 0;
+  for (int i = 0; i < P; ++i) for (int j = 0; j < P; ++j) sum += z[i][j] * z[i][j];
+  return sum;
+}
+
 template <int N>  // N numbers: a multiple of the identity, a diagonal, or all of the matrix
 static inline void fill(real (*z)[P], const real* from) {
   if (N == P * P && P > 1) { memcpy(z, from, P * P * sizeof(real)); return; }

@@ -20,7 +20,7 @@ __all__ = ["advance", "advance_far", "squares"]
 
 def squares(pom: POM, weight: Tensor, grad: Tensor, metric: str, options: Options, chunk: int) -> Tensor:
     """‖gradL(ω)‖² of every component, (k,): what Theorem 1 sums."""
-    omega, grads = _components(pom, weight), _components(pom, grad, weight)
+    omega, grads = _components(pom, weight), _components(pom, _laid_out(grad, weight))
     found = []
     for part in _parts(omega, chunk):
         geometry = pom.geometry(metric, omega.shape[:-2], part)
@@ -50,8 +50,9 @@ def advance(
     Returns:
         Which components were moved, bool (k,); the others wait for :func:`advance_far`.
     """
-    omega, grads = _components(pom, weight), _components(pom, grad, weight)
-    momenta = None if buffer is None else _components(pom, buffer, weight)
+    omega, grads = _components(pom, weight), _components(pom, _laid_out(grad, weight))
+    own = None if buffer is None else _laid_out(buffer, weight)
+    momenta = None if own is None else _components(pom, own)
     batch = omega.shape[:-2]
     group, moved = pom.sets.group.view(batch), []
     for part in _parts(omega, chunk):
@@ -68,8 +69,10 @@ def advance(
             omega.new_ones(omega[part].shape[:-2].numel(), dtype=torch.bool) if within is True else within.flatten()
         )
     _write(pom, weight, omega)
-    if buffer is not None and momenta is not None:
-        _write(pom, buffer, momenta)
+    if buffer is not None and own is not None and momenta is not None:
+        _write(pom, own, momenta)
+        if own is not buffer:
+            buffer.copy_(own)
     return torch.cat(moved)
 
 
@@ -100,10 +103,15 @@ def advance_far(
         buffer.copy_(join(momenta))
 
 
-def _components(pom: POM, x: Tensor, like: Tensor | None = None) -> Tensor:
-    """The components of a weight, or of a gradient or buffer of its layout: a view where there can be one."""
-    if like is not None and x.stride() != like.stride():
-        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """A gradient or a buffer in the layout of its weight, in which components have the same order: itself where it is."""
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _components(pom: POM, x: Tensor) -> Tensor:
+    """The components of a weight, or of what has its layout: a view where there can be one."""
     view = pom.cutting.view(x)
     return pom.cutting.cut(x).clone() if view is None else view
 

@@ -72,8 +72,8 @@ def upper_entries(p: int) -> list[tuple[int, int]]:
 def pack_upper(factors: Mapping[int, Tensor], sets: IndexSets, cutting: Cutting, like: Tensor) -> Tensor:
     """U of all components in the least room that fits every manifold of the weight.
 
-    Of blocks (k, 1, 1), (k, 1, p) or (k, p, p). Of small kernels one row of numbers for each entry, (1, k), (p, k) or
-    (p(p+1)/2, k): they are read entry by entry.
+    Of blocks and large kernels (k, 1, 1), (k, 1, p) or (k, p, p). Of small kernels one row of numbers for each entry,
+    (1, k), (p, k) or (p(p+1)/2, k): they are read entry by entry.
     """
     k, p = cutting.count, cutting.p
     rows, columns = max(f.shape[-2] for f in factors.values()), max(f.shape[-1] for f in factors.values())

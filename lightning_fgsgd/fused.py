@@ -189,7 +189,9 @@ def _run(jobs: Sequence[Job], kind: str | None, sizes: Sequence[int], out: Tenso
     for job, size in zip(jobs, sizes, strict=True):
         told, numbers, threads = _told(job, kind or job.kind), _numbers(job), _threads(job.weight)
         share = None if job.share is None else job.share.contiguous()
-        ours = (threads, told.layout.buffer_info()[0], numbers.buffer_info()[0], *map(_address, job[1:4]))
+        moved_along = None if kind == "squares" else job.buffer
+        read = (job.weight, job.grad, moved_along)
+        ours = (threads, told.layout.buffer_info()[0], numbers.buffer_info()[0], *map(_address, read))
         found = (at, 0) if kind == "squares" else (0, at)
         _, table = tables.setdefault(id(told.kernel), (told.kernel, array("q")))
         table.extend((*ours, *told.addresses, _address(share), *found, 0))

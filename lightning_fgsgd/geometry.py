@@ -2,8 +2,8 @@
 
 A component is ω = R · q · U, with q on a unit manifold and U an upper triangular factor of the Gram information that is
 kept, UᵀU = S². For Sphere and Oblique U is S itself, a number or p of them. On Stiefel it is S up to a rotation of q, which
-the manifold, its metric and its retraction do not see; and unlike S it is solved for exactly, also where it is singular: if
-a column of ω depends on those before it, that row of U and that column of q are zero.
+the manifold, its metric and its retraction do not see; and unlike S it is solved for up to rounding, also where it is
+singular: if a column of ω depends on those before it, that row of U and that column of q are zero.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from lightning_fgsgd.matrices import Planes, gram, matmul, where
 
 __all__ = ["Geometry"]
 
+_ROUNDING = (
+    1e-3  # sum of squared inner products of unit columns up to which they are rounding's, and not others' changes
+)
 _FAR = 1e12  # squared length of a step on the other manifolds from which its double precision is needed
 
 
@@ -118,12 +121,14 @@ class Geometry:
         """Each column of q on Stiefel made orthogonal to those before it, up to the square of what is missing.
 
         Where U is ill-conditioned, the rounding of ω and of U⁻¹ is magnified in the columns of small diagonal entries, that
-        of U⁻¹ in the same way in every step. The retraction would turn the large columns to meet it.
+        of U⁻¹ in the same way in every step. The retraction would turn the large columns to meet it. Weights that others
+        have changed stay where they are: more is missing there than rounding leaves.
         """
         for manifold, mask in self.manifolds:
             if isinstance(manifold, Stiefel):
-                inner = matrices.symmetric_matmul(q.mT, q)
-                return matrices.subtract_product(q, q, where(mask, matrices.strictly_upper(inner), 0.0))
+                above = matrices.strictly_upper(matrices.symmetric_matmul(q.mT, q))
+                share = where(matrices.squares(above) <= _ROUNDING, 1.0, 0.0)
+                return matrices.subtract_product(q, q, where(mask, above * share, 0.0))
         return q
 
     def _select(self, of_each: list[Any]) -> Any:

@@ -58,8 +58,8 @@ class FGSGD(torch.optim.Optimizer):
             (float32 and float64; :mod:`~lightning_fgsgd.fused`), Triton on a GPU (float32;
             :mod:`~lightning_fgsgd.fused_gpu`). ``None``: where that can be compiled; says so once where it cannot.
             ``False``: by torch's own operations. ``True``: an error where there is no compiler. Weights with no
-            such code are stepped by torch's operations in any case: other precisions, blocks of more than 64 neurons (on a
-            GPU 32), on a CPU kernels of more than 49 numbers.
+            such code are stepped by torch's operations in any case: other precisions, blocks of more than 64 neurons, and
+            kernels with more than 64 columns (on a GPU 32).
 
     Raises:
         ValueError: an argument out of range, or a weight to be placed that holds NaN or infinite values.

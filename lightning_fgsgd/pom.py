@@ -40,7 +40,7 @@ class POM:
     """The live products of manifolds of one weight.
 
     What is kept for each component is little beside its n · p numbers: two bytes for its index sets, and with a start of
-    ``"preserve"`` its factor U.
+    ``"preserve"`` its factor U; and U's inverse, but for small kernels.
 
     Args:
         name: name of the weight, for messages.

@@ -298,7 +298,12 @@ class Square:
         return self._entries(f"{self.name}[i][j] * {text(x)} + {other.name}[i][j] * {text(y)}")
 
     def __mul__(self, value: Value) -> Square:
-        return self._entries(f"{self.name}[i][j] * {self._program.text(value)}")
+        found = self._entries(f"{self.name}[i][j] * {self._program.text(value)}")
+        return Square(self._program, found.name, self.shape)
+
+    def squares(self) -> Symbol:
+        """Squared Frobenius norm."""
+        return self._program.line(f"sum_of_squares({self.name})")
 
     def __matmul__(self, other: Square) -> Square:
         return self._program.square(f"multiply({self.name}, {other.name}, {{out}});")

@@ -199,6 +199,10 @@ class Matrix(Symbol):
         """Half the sum with the transposed."""
         return self._block.matrix("({} + {}) * 0.5", self, self.mT)
 
+    def squares(self) -> Symbol:
+        """Squared Frobenius norm."""
+        return self._block.line("tl.sum(tl.sum({} * {}, 1))", self, self)
+
     def strictly_upper(self) -> Matrix:
         """What is above the diagonal."""
         return self._block.matrix("tl.where(row < other_row, {}, 0.0)", self)

@@ -25,7 +25,7 @@ def variant_of(pom: POM, weight: Tensor, metric: str) -> tuple[Any, ...]:
     """What the code depends on."""
     names = tuple((i, m.name) for i, m in pom.manifolds.items())
     n = pom.cutting.n if pom.cutting.small else 0
-    # Of U: packed in small kernels, a number, a diagonal or all of it in blocks.
+    # Of U: packed in small kernels, a number, a diagonal or all of it in what is larger.
     entries = 0 if pom.upper is None else len(pom.upper) if pom.cutting.small else pom.upper[0].numel()
     radius = not pom.all_ones
     return n, pom.cutting.p, names, entries, radius, metric == "embedded" and radius, weight.dtype

@@ -31,7 +31,7 @@ def layers(dtype=torch.float32, layout=torch.contiguous_format, shapes="all"):
 
 
 def run(model, fused_, steps=3, scale=0.3, rescale=False, metric="start", **options):
-    settings = ("scheme", "manifolds", "start", "cutting", "block_size", "groups")
+    settings = ("scheme", "manifolds", "start", "cutting", "block_size", "groups", "exclude")
     groups = {k: options.pop(k) for k in settings if k in options}
     optimizer = FGSGD(pom_param_groups(model, seed=1, **groups), lr=0.1, fused=fused_, metric=metric, **options)
     generator = torch.Generator().manual_seed(1)
@@ -301,6 +301,19 @@ def test_rounding_moves_weights_no_more_where_their_gram_matrix_is_ill_condition
             optimizer.step()
         moved.append(float((layer.weight - start).norm() / start.norm()))
     assert max(moved) < 3e-5, moved
+
+
+@pytest.mark.parametrize("fused_", [False, None])
+@pytest.mark.parametrize("kernel", [(3, 3), (16, 16)], ids=str)
+def test_a_weight_that_is_a_slice_of_a_larger_tensor_is_stepped_as_one_of_its_own(kernel, fused_):
+    found = []
+    for sliced in (False, True):
+        layer = nn.Conv2d(16, 24, kernel, bias=False)
+        whole = torch.randn(24, 18, *kernel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        layer.weight = nn.Parameter(whole[:, 1:17] if sliced else whole[:, 1:17].clone())
+        run(layer, fused_, momentum=0.9, exclude=())
+        found.append(layer.weight.detach())
+    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

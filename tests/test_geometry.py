@@ -101,6 +101,15 @@ def test_a_factor_gives_the_gram_matrix_back_and_its_inverse_the_unit_point(kind
     torch.testing.assert_close(q @ upper / size.sqrt(), omega / size.sqrt(), atol=1e-6, rtol=0)
 
 
+def test_weights_that_others_changed_are_not_straightened_before_they_are_looked_at():
+    generator = torch.Generator().manual_seed(0)
+    omega = torch.randn(5, 30, 4, dtype=torch.float64, generator=generator)
+    upper = factor(omega.mT @ omega, 1e-14)
+    geometry = Geometry([(get_manifold("stiefel"), True)], 1.0, None, upper, inverse_factor(upper))
+    changed = omega + 0.1 * torch.randn(omega.shape, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(geometry.unit(changed), changed @ inverse_factor(upper), atol=1e-12, rtol=0)
+
+
 def test_with_the_inverse_of_the_factor_rounding_leaves_columns_orthogonal_and_free_components_alone():
     generator = torch.Generator().manual_seed(0)
     u, v = torch.linalg.qr(torch.randn(2, 20, 12, 12, dtype=torch.float64, generator=generator))[0]
