@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from lightning_fgsgd import NormBoundMonitor
@@ -19,7 +19,8 @@ def plot_errors(errors: Mapping[str, Mapping[int, float]], reference: str, path:
     """Test error of every run, one line an arm, with the mean and its 95 % interval; the reference's mean as a line.
 
     Args:
-        errors: by arm and seed, in %; of runs that diverged only the number is told, beside the arm's name.
+        errors: by arm and seed, in %; of runs that diverged only the number is told, beside the arm's name. Those of more
+            than twice the median are arrows at the edge, with their number: they would leave no room for the others.
         reference: the arm that is drawn through.
         path: where to save.
     """
@@ -38,6 +39,18 @@ def plot_errors(errors: Mapping[str, Mapping[int, float]], reference: str, path:
         axis.plot([fmean(runs)], [y], "|", color=colour, markersize=12, markeredgewidth=2)
     if ended.get(reference):
         axis.axvline(fmean(ended[reference]), color="C1", linewidth=0.8, linestyle="--")
+    every = [e for runs in ended.values() for e in runs]
+    near = [e for e in every if e <= 2 * median(every)]
+    if len(near) < len(every):
+        room = 0.1 * (max(near) - min(near)) or 1.0
+        edge = max(near) + 2 * room
+        axis.set_xlim(min(near) - room, edge + room)
+        for y, runs in enumerate(ended.values()):
+            far = sorted(e for e in runs if e > 2 * median(every))
+            if far:
+                axis.plot([edge], [y], ">", color="C3", markersize=5)
+                told = ", ".join(f"{e:.3g}" for e in far)
+                axis.annotate(told, (edge, y), (-6, 3), textcoords="offset points", ha="right", fontsize=7)
     axis.set(xlabel="test error, % (a dot a seed; mean and its 95 % interval)", ylim=(len(ended) - 0.5, -0.5))
     axis.set_yticks(range(len(ended)), names, fontsize=8)
     axis.grid(axis="x", linewidth=0.3)

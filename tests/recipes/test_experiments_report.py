@@ -296,6 +296,16 @@ def test_the_figure_of_errors_tells_what_diverged(drawn, tmp_path):
     plot_errors({"lost": {0: math.nan}}, "lost", tmp_path / "errors.png")
 
 
+def test_in_the_figure_of_errors_one_run_that_learned_nothing_leaves_room_for_the_others(drawn, tmp_path):
+    errors = {"SGD": {0: 12.0, 1: 12.5, 2: 13.0}, "Sp": {0: 11.0, 1: 90.0, 2: 13.5}}
+    plot_errors(errors, "SGD", tmp_path / "errors.png")
+    ((axis,),) = drawn
+    low, high = axis.get_xlim()
+    assert 10 < low < 11
+    assert 13.5 < high < 16
+    assert [text.get_text() for text in axis.texts] == ["90"]
+
+
 def curve(errors):
     return [{"epoch": float(i + 1), "train_loss": 1.0 / (i + 1), "val_error": e} for i, e in enumerate(errors)]
 
