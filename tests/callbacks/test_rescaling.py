@@ -271,7 +271,8 @@ def test_wrong_settings_are_named(options, message):
 
 
 def test_the_clamp_says_once_that_it_acts(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    # The logger's own level too: an experiment that ran in this process before may have made it quiet.
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "pytorch_lightning"):
         logging.getLogger("pytorch_lightning").propagate = True
         fit = trainer(tmp_path, POMGrouping(start="project"), FeatureStdRescaling(), max_epochs=4)
         fit.fit(Frozen(), loader(scale=0.1))
