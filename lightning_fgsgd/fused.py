@@ -241,9 +241,7 @@ def _numbers(job: Job) -> array[float]:
 def _layout(pom: POM, *tensors: Tensor) -> array[int]:
     """Counts, sizes, strides and offsets for the code of small kernels."""
     views: list[Any] = [pom.cutting.view(x) for x in tensors]
-    second = pom.cutting.shape[1]
-    outer = [v.stride()[:-2] for v in views]
-    sizes, strides = _axes(pom, tuple(s if len(s) == 2 else (s[0] * second, s[0]) for s in outer))
+    sizes, strides = _axes(pom, tuple((pom.cutting.strides(x) or ())[:2] for x in tensors))
     offsets = [
         i * v.stride(-2) + j * v.stride(-1) for v in views for i in range(v.shape[-2]) for j in range(v.shape[-1])
     ]

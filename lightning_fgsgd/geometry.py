@@ -21,9 +21,8 @@ from lightning_fgsgd.matrices import Planes, gram, matmul, where
 
 __all__ = ["Geometry"]
 
-_ROUNDING = (
-    1e-3  # sum of squared inner products of unit columns up to which they are rounding's, and not others' changes
-)
+# Sum of squared inner products of unit columns up to which rounding left them; beyond, others changed the weight.
+_ROUNDING = 1e-3
 _FAR = 1e12  # squared length of a step on the other manifolds from which its double precision is needed
 
 
