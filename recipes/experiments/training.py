@@ -8,6 +8,7 @@ import math
 import subprocess
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fgsgd import FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping
+from recipes.experiments.choices import BySpectrum, Later, OtherStdRescaling, Redraw, momentum_left_behind
 from recipes.experiments.data import Task
 from recipes.experiments.forgetting import Forgetting, photographs
 from recipes.experiments.methods import BASELINES, head_of
@@ -35,6 +37,8 @@ GROUPING = (
 RESCALING = ("gamma", "clamp", "limit", "every_n_batches")
 MODULE = ("warmup", "power", "euclidean_lr", "frozen_norms", "pull")
 OPTIMIZER = ("lr", "momentum", "nesterov", "weight_decay", "rho", "metric")
+# Of choices.py.
+CHOICES = ("assign", "constrain_after", "redraw", "std_of", "carried")
 
 # Mean and deviation of Fashion-MNIST's pixels, for networks that were not trained on anything else.
 GREY = {"mean": (0.286,), "std": (0.353,)}
@@ -215,7 +219,10 @@ def train(
     every, method = options.pop("validate_every", 1), options.pop("method")
     bn_momentum = options.pop("bn_momentum", None)
     module_options = {name: options.pop(name) for name in MODULE if name in options}
+    carried = method != "fgsgd" or options.pop("carried", True)
     callbacks, options = _callbacks(method, options, seed, watch)
+    if not carried:
+        options["fused"] = False
 
     seed_everything(seed, verbose=False)
     net = build(data.num_classes, **network)
@@ -244,7 +251,8 @@ def train(
     )
     began = time.perf_counter()
     try:
-        trainer.fit(module, data)
+        with nullcontext() if carried else momentum_left_behind():
+            trainer.fit(module, data)
     except (Diverged, FloatingPointError):  # FGSGD raises the latter where gradients are not finite
         errors = ("train_loss", "val_error", *(("test_error",) if test else ()))
         return Outcome({"seconds": time.perf_counter() - began, **dict.fromkeys(errors, math.nan)}, curve.epochs)
@@ -283,17 +291,32 @@ def _callbacks(method: str, options: dict[str, Any], seed: int, watch: bool) -> 
     rescale = options.pop("rescale", True)
     grouping = {name: options.pop(name) for name in GROUPING if name in options}
     rescaling = {name: options.pop(name) for name in RESCALING if name in options}
+    choices = {name: options.pop(name) for name in CHOICES if name in options}
     unknown = [name for name in options if name not in OPTIMIZER]
     if unknown:
-        raise ValueError(
-            f"{unknown[0]}: not an option of fgsgd; choose from {', '.join((*GROUPING, *RESCALING, *OPTIMIZER))}"
-        )
-    callbacks: list[Callback] = [POMGrouping(seed=seed, **grouping)]
+        known = (*GROUPING, *RESCALING, *OPTIMIZER, *CHOICES)
+        raise ValueError(f"{unknown[0]}: not an option of fgsgd; choose from {', '.join(known)}")
+    callbacks: list[Callback] = [_grouping(choices, seed=seed, **grouping)]
+    if redraw := choices.get("redraw"):
+        if redraw not in ("new", "same"):
+            raise ValueError(f"redraw: unknown choice {redraw!r}; choose from 'new', 'same'")
+        callbacks.append(Redraw(callbacks[0], new=redraw == "new"))  # type: ignore[arg-type]
     if rescale:
-        callbacks.append(FeatureStdRescaling(**rescaling))
+        other = {"std_of": choices["std_of"]} if "std_of" in choices else {}
+        callbacks.append(OtherStdRescaling(**other, **rescaling) if other else FeatureStdRescaling(**rescaling))
     if watch:
         callbacks.append(NormBoundMonitor())
     return callbacks, options
+
+
+def _grouping(choices: dict[str, Any], **settings: Any) -> POMGrouping:
+    if "assign" in choices and "constrain_after" in choices:
+        raise ValueError("assign: it goes with no constrain_after")
+    if "assign" in choices:
+        return BySpectrum(choices["assign"], **settings)
+    if "constrain_after" in choices:
+        return Later(choices["constrain_after"], **settings)
+    return POMGrouping(**settings)
 
 
 def _history(callbacks: list[Callback]) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""Choices of the method that the experiments measure."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fgsgd import FGSGD, FeatureStdRescaling, POMGrouping, eager, pom_param_groups, scaling
+from recipes.experiments.choices import (
+    BySpectrum,
+    Later,
+    OtherStdRescaling,
+    Redraw,
+    flatness,
+    momentum_left_behind,
+)
+from recipes.experiments.networks import cifar_resnet
+from recipes.experiments.training import Classifier, Task, Trainer, train
+
+CONFIG = {
+    "epochs": 3,
+    "validate_every": 3,
+    "data": {"source": "digits", "per_class": 16, "validation": 50, "size": 28, "batch_size": 32},
+    "network": {"name": "cifar_resnet", "blocks": [1, 1, 1], "channels": [8, 8, 8]},
+    "momentum": 0.9,
+}
+
+
+def fitted(callbacks, epochs=3, **options):
+    """A small network after a fit, and its optimizer."""
+    torch.manual_seed(0)
+    options = {"lr": 0.1, "momentum": 0.9, **options}
+    module = Classifier(cifar_resnet(10, (1, 1, 1), (8, 8, 8)), "fgsgd", options, {"mean": (0.3,), "std": (0.4,)})
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, limit_val_batches=0, **quiet)
+    trainer.fit(module, Task(root="", seed=0, **CONFIG["data"]))
+    return module, trainer.optimizers[0]
+
+
+def test_flatness_is_one_for_equal_singular_values_and_one_over_p_for_a_single_one():
+    equal = torch.linalg.qr(torch.randn(5, 7, 3)).Q * 2.5
+    single = torch.randn(5, 7, 1) @ torch.randn(5, 1, 3)
+    torch.testing.assert_close(flatness(equal), torch.ones(5))
+    torch.testing.assert_close(flatness(single), torch.full((5,), 1 / 3))
+
+
+@pytest.mark.parametrize("assign", ["flat", "steep"])
+def test_manifolds_by_spectrum_are_as_many_as_drawn_and_in_the_order_of_flatness(assign):
+    net = cifar_resnet(10, (1, 1, 1), (8, 16, 8))
+    drawn = pom_param_groups(net, seed=3).plan.weights
+    given = BySpectrum(assign, seed=3).param_groups(net).plan.weights
+    assert list(drawn) == list(given)
+    changed = 0
+    for weight, planned in given.items():
+        sets, before = planned.index_sets, drawn[weight].index_sets
+        assert sets.manifold.bincount().tolist() == before.manifold.bincount().tolist()
+        pairs = [set(zip(s.manifold.tolist(), s.slot.tolist(), strict=True)) for s in (sets, before)]
+        assert pairs[0] == pairs[1], "a group has the manifold that it had"
+        flat = flatness(planned.cutting.cut(weight.detach()))
+        by_strength = [flat[sets.manifold == i] for i in range(3)]  # sphere, oblique, Stiefel
+        present = [x for x in by_strength if len(x)]
+        for weaker, stronger in pairwise(present):
+            if assign == "flat":
+                assert weaker.max() <= stronger.min()
+            else:
+                assert weaker.min() >= stronger.max()
+        changed += int((sets.manifold != before.manifold).any())
+    assert changed
+
+
+def test_manifolds_by_spectrum_are_refused_where_a_layer_is_not_one_pool():
+    with pytest.raises(ValueError, match="assign: it is for scheme: pio"):
+        BySpectrum("flat", scheme="pi")
+    with pytest.raises(ValueError, match="assign: unknown choice 'round'"):
+        BySpectrum("round")
+
+
+def test_constrained_later_the_first_epochs_are_those_of_plain_sgd():
+    common = {**CONFIG, "lr": 0.3, "weight_decay": 0.01}
+    plain = train({**common, "method": "sgd", "lr": 0.05}, 0, test=False, root="")
+    late = {**common, "method": "fgsgd", "rescale": False, "euclidean_lr": 0.05}
+    never = train({**late, "constrain_after": 9}, 0, test=False, root="")
+    second = train({**late, "constrain_after": 1}, 0, test=False, root="")
+    losses = [[epoch["train_loss"] for epoch in run.epochs] for run in (plain, never, second)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2][0] == pytest.approx(losses[0][0], rel=1e-6)
+    assert losses[2][1:] != pytest.approx(losses[0][1:], rel=1e-5)
+
+
+def test_constrained_later_the_weights_hold_the_norms_that_they_have_by_then():
+    class Norms(Later):
+        seen: list
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            super().on_train_epoch_start(trainer, pl_module)
+            self.seen = [*getattr(self, "seen", []), pl_module.net.conv1.weight.detach().norm().item()]
+
+    later = Norms(1, manifolds=["sphere"], cutting="filter", block_size=1)
+    module, optimizer = fitted([later], lr=0.3)
+    weight = module.net.conv1.weight
+    assert later.seen[1] != pytest.approx(later.seen[0], rel=1e-4)
+    assert later.seen[2] == pytest.approx(later.seen[1], rel=1e-5)
+    assert weight in optimizer.poms
+    assert optimizer.distance(weight) < 1e-5
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_redrawn_index_sets_are_others_each_epoch_or_the_same(new):
+    class Seen(Redraw):
+        sets: list
+        momentum: list
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            super().on_train_epoch_start(trainer, pl_module)
+            (optimizer,) = trainer.optimizers
+            weight = pl_module.net.layer1[0].conv1.weight
+            self.sets = [*getattr(self, "sets", []), optimizer.pom(weight).manifold.tolist()]
+            self.momentum = [*getattr(self, "momentum", []), len(optimizer.state.get(weight, {}))]
+            assert optimizer.distance(weight) < 1e-5
+            assert optimizer.param_groups[0]["lr"] > 0
+
+    grouping = POMGrouping(start="project", seed=1)
+    seen = Seen(grouping, new=new)
+    fitted([grouping, seen])
+    assert len({tuple(s) for s in seen.sets}) == (3 if new else 1)
+    assert seen.momentum == [0, 0, 0]
+
+
+def test_radii_of_other_readings_of_λ():
+    grouping, own = POMGrouping(start="project"), {}
+    for std_of in ("nothing", "layer", None):
+        rescaling = OtherStdRescaling(std_of, clamp=False) if std_of else FeatureStdRescaling(clamp=False)
+        module, optimizer = fitted([grouping, rescaling], epochs=2)
+        weight = module.net.layer2[0].conv1.weight
+        own[std_of] = optimizer.pom(weight).radius
+        layer = optimizer.poms[weight].layer
+    gamma = scaling.gamma(layer, "xavier", None)
+    torch.testing.assert_close(own["nothing"], torch.full_like(own["nothing"], gamma))
+    by_channel = gamma / own[None].unique()
+    torch.testing.assert_close(own["layer"], torch.full_like(own["layer"], gamma / by_channel.square().mean().sqrt()))
+    with pytest.raises(ValueError, match="std_of: unknown choice 'row'"):
+        OtherStdRescaling("row")
+
+
+def test_momentum_left_behind_is_the_sum_of_tangent_vectors_where_each_was_made():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 1, bias=False)
+    gradients = torch.randn(3, 1, 6)
+
+    def optimizer():
+        groups = pom_param_groups(layer, manifolds=["sphere"], start="project", exclude=())
+        return FGSGD(groups, lr=0.2, momentum=0.9, rho=None, metric="unit", fused=False)
+
+    before = eager.move
+    fg = optimizer()
+    q, buffer = layer.weight.detach().clone(), torch.zeros(1, 6)
+    with momentum_left_behind():
+        for g in gradients:
+            layer.weight.grad = g.clone()
+            fg.step()
+            buffer = 0.9 * buffer + g - q * (q * g).sum()
+            q = torch.nn.functional.normalize(q - 0.2 * buffer, dim=1)
+            torch.testing.assert_close(layer.weight.detach(), q)
+            torch.testing.assert_close(fg.state[layer.weight]["momentum_buffer"], buffer)
+    assert eager.move is before
+    assert (buffer * q).sum().abs() > 1e-3, "it is not tangent where the weight is now"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"redraw": "often"}, "redraw: unknown choice 'often'"),
+        ({"assign": "flat", "constrain_after": 2}, "assign: it goes with no constrain_after"),
+    ],
+)
+def test_a_wrong_choice_is_refused_before_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        train({**CONFIG, "method": "fgsgd", "lr": 0.1, **options}, 0, test=False, root="")
