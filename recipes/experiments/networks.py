@@ -13,15 +13,20 @@ from torch import Tensor, nn
 from recipes.model import load_weights
 
 
-def build(num_classes: int, name: str, pretrained: bool | str = False, **options: Any) -> nn.Module:
+def build(
+    num_classes: int, name: str, pretrained: bool | str = False, gains: bool = False, **options: Any
+) -> nn.Module:
     """``"cifar_resnet"`` with its options, or a timm model by its name.
 
     Args:
         num_classes: outputs of a network from scratch; a pretrained one comes with the head that it was trained with.
         name: of the network.
         pretrained: as in :class:`recipes.model.LitClassifier`.
+        gains: a learnable gain for each output channel of all Linear layers and convolutions but the head, see :func:`with_gains`.
         options: of :func:`cifar_resnet`, or of ``timm.create_model``; from scratch, images have one channel (``in_chans``).
     """
+    if gains:
+        return with_gains(build(num_classes, name, pretrained, **options))
     if name == "cifar_resnet":
         return cifar_resnet(num_classes, **options)
     if not pretrained:
@@ -30,6 +35,24 @@ def build(num_classes: int, name: str, pretrained: bool | str = False, **options
     if isinstance(pretrained, str):
         load_weights(net, pretrained)
     return net
+
+
+def with_gains(net: nn.Module) -> nn.Module:
+    """``net`` with a parameter ``gain`` (D,), 1 at the start, in each Linear layer and convolution but those of the head.
+
+    It multiplies what the layer puts out.
+    """
+    head = set(cast(Any, net).get_classifier().modules())
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in head:
+            module.register_parameter("gain", nn.Parameter(torch.ones(len(module.weight))))
+            module.register_forward_hook(_times_gain)
+    return net
+
+
+def _times_gain(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    gain = cast(Tensor, module.gain)
+    return output * (gain[:, None, None] if isinstance(module, nn.Conv2d) else gain)
 
 
 class Affine(nn.Module):

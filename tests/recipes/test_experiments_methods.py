@@ -239,6 +239,36 @@ def test_without_norms_a_block_begins_as_the_identity_and_its_gains_are_learned(
     assert all(p.grad is not None for p in net.parameters()), "gains and biases are trained"
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"name": "vit_tiny_patch16_224", "img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2},
+        {"name": "cifar_resnet", "blocks": (1, 1, 1), "channels": (8, 8, 8)},
+    ],
+)
+def test_gains_multiply_the_outputs_of_every_layer_but_the_head_and_stay_euclidean(network):
+    torch.manual_seed(0)
+    plain = build(10, **network).eval()
+    torch.manual_seed(0)
+    net = build(10, gains=True, **network).eval()
+    images = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(net(images), plain(images), rtol=0, atol=0)
+    layers = {name: m for name, m in plain.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    gains = {name.removesuffix(".gain"): p for name, p in net.named_parameters() if name.endswith(".gain")}
+    assert set(layers) - set(gains) == {"head" if hasattr(net, "head") else "fc"}
+    for name, gain in gains.items():
+        layer, like = net.get_submodule(name), layers[name]
+        shape = (3, like.in_channels, 9, 9) if isinstance(like, nn.Conv2d) else (3, like.in_features)
+        x, channel = torch.randn(shape), min(2, len(gain) - 1)
+        with torch.no_grad():
+            gain[channel] = 3.0
+        expected = like(x).clone()
+        expected[:, channel] *= 3
+        torch.testing.assert_close(layer(x), expected)
+    euclidean = pom_param_groups(net).plan.euclidean
+    assert all(euclidean[f"{name}.gain"] for name in gains)
+
+
 def test_a_norm_that_is_not_known_is_refused():
     with pytest.raises(ValueError, match=r"network\.norm: unknown choice 'layer'; choose from 'batch', 'affine'"):
         cifar_resnet(10, norm="layer")
