@@ -22,7 +22,7 @@ def build(
         num_classes: outputs of a network from scratch; a pretrained one comes with the head that it was trained with.
         name: of the network.
         pretrained: as in :class:`recipes.model.LitClassifier`.
-        gains: a learnable gain for each output channel of all Linear layers and convolutions but the head, see :func:`with_gains`.
+        gains: a learnable gain for each output channel of every layer but the head, see :func:`with_gains`.
         options: of :func:`cifar_resnet`, or of ``timm.create_model``; from scratch, images have one channel (``in_chans``).
     """
     if gains:
