@@ -95,7 +95,7 @@ class Later(POMGrouping):
         optimizer.constrain(pom_param_groups(pl_module, **self.settings).plan)
         for i, group in enumerate(optimizer.param_groups):
             if any(p in optimizer.poms for p in group["params"]):
-                own = float(optimizer.defaults["lr"])
+                own = float(optimizer.defaults["lr"]) * group.get("lr_factor", 1.0)
                 group["lr"] *= own / group["initial_lr"]
                 group["initial_lr"] = schedule.scheduler.base_lrs[i] = own
 
@@ -125,7 +125,10 @@ class Redraw(Callback):
         drawn = FGSGD(pom_param_groups(pl_module, **settings)).state_dict()["param_groups"]
         state = optimizer.state_dict()
         for mine, its in zip(state["param_groups"], drawn, strict=True):
-            mine["pom"] = its["pom"]
+            # The metric stays that of the first start: a rate is worth what it was.
+            mine["pom"] = [
+                new and {**new, "origins": old["origins"]} for old, new in zip(mine["pom"], its["pom"], strict=True)
+            ]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "FGSGD: the manifolds, groups or start of")  # that is what is meant
             optimizer.load_state_dict({**state, "state": {}})

@@ -24,8 +24,8 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         images: (N, H, W), uint8.
         labels: (N,), int64.
         size: height and width of what comes out; bilinear where that is not the images' own.
-        shift: each image is moved by up to so many pixels either way, and mirrored or not, at random.
-        mirror: whether ``shift`` mirrors too.
+        shift: each image is moved by up to so many pixels either way, at random.
+        mirror: each image is mirrored or not, at random.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, size: int, shift: int = 0, mirror: bool = False) -> None:

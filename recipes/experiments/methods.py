@@ -35,7 +35,7 @@ def sgd(
     Args:
         net: the network.
         lr, momentum, nesterov, weight_decay: of ``torch.optim.SGD``.
-        layer_decay: factor of the rate from each layer to the one before it.
+        layer_decay: factor of the rate from each layer to the one before it; timm's groups decay no 1-d parameter.
         decay_kernels: whether weight decay acts on the kernels and matrices of all layers but the head.
         decay: ``"all"``, or ``"head"``: weight decay acts on the classifier alone.
         head_alone: train the classifier on the features as they are.
@@ -157,15 +157,16 @@ def muon(
     weights = [layer.weight for layer in _constrainable(net)]
     rest = [p for p in net.parameters() if not any(p is w for w in weights)]
     groups: list[dict[str, Any]] = [
-        {"params": weights, "use_fallback": False},
-        {"params": rest, "use_fallback": True, "lr": adamw_lr},
+        # Said outright: left to judge by the shape, it hands weights of one input channel (a stem on grey images) to AdamW.
+        {"params": weights, "use_muon": True},
+        {"params": rest, "use_muon": False, "lr": adamw_lr},
     ]
     optimizer: Optimizer = Muon(groups, lr=lr, weight_decay=weight_decay, momentum=momentum)
     return optimizer
 
 
 class _Reshaped(nn.Module):
-    """The weight of a layer from an n x p matrix with orthonormal columns: (D, fan-in), turned where D > fan-in."""
+    """The weight of a layer from an n x p matrix with orthonormal columns: (D, fan-in), turned where D <= fan-in."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -61,7 +61,12 @@ def run_all(spec: Mapping[str, Any], folder: Path, root: str, workers: int, devi
         free = deque(devices[i % len(devices)] for i in range(workers))
         running: dict[Future[Outcome], tuple[Run, str]] = {}
         while True:
-            runs = list(pending(spec, rows))
+            try:
+                runs = list(pending(spec, rows))
+            except ValueError:  # of a choice among a grid, and of every later try; what is under way is kept before
+                if not running:
+                    raise
+                runs = []
             progress.update(bar, total=_total(spec), completed=len({run.key for run in runs} & done))
             under_way = {run.key for run, _ in running.values()}
             waiting = [run for run in runs if run.key not in done | under_way] if not failed else []

@@ -80,19 +80,45 @@ def load(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"{file.name}: {name}: there is no arm {arm!r}")
     if spec["keep"] is not None and spec["keep"] not in KEEPING:
         raise ValueError(f"{file.name}: keep: {spec['keep']!r} is not one of {', '.join(map(repr, KEEPING))}")
-    for arm, options in spec["arms"].items():
-        if options.get("grid") and not spec["tuning_seeds"]:
-            raise ValueError(f"{file.name}: tuning_seeds is missing, and {arm!r} has a grid")
-        if "grid" in options and "tuned_as" in options:
-            raise ValueError(f"{file.name}: {arm!r} has a grid and is tuned_as another; one of the two")
-        other = options.get("tuned_as")
-        if other is not None and not spec["arms"].get(other, {}).get("grid"):
-            raise ValueError(f"{file.name}: {arm!r} is tuned_as {other!r}, which is no arm with a grid")
+    for name in ("seeds", "tuning_seeds"):
+        if len(set(spec[name])) < len(spec[name]):
+            raise ValueError(f"{file.name}: {name}: {spec[name]} names a seed twice")
     if set(spec["seeds"]) & set(spec["tuning_seeds"]):
         raise ValueError(
             f"{file.name}: tuning_seeds and seeds share a seed; what is chosen on it would be tested on it"
         )
+    for arm in spec["arms"]:
+        _check(spec, arm, f"{file.name}: {arm!r}")
     return spec
+
+
+def _check(spec: Mapping[str, Any], arm: str, who: str) -> None:
+    """Refuse an arm that could not be run, or not as it says."""
+    options = spec["arms"][arm]
+    grid, other, seeds = options.get("grid", {}), options.get("tuned_as"), options.get("seeds", [])
+    if grid and not spec["tuning_seeds"]:
+        raise ValueError(f"{who} has a grid, but tuning_seeds is missing")
+    if "grid" in options and "tuned_as" in options:
+        raise ValueError(f"{who} has a grid and is tuned_as another; one of the two")
+    if other is not None and not spec["arms"].get(other, {}).get("grid"):
+        raise ValueError(f"{who} is tuned_as {other!r}, which is no arm with a grid")
+    for name, values in grid.items():
+        if len({json.dumps(value) for value in values}) < len(values):
+            raise ValueError(f"{who}: its grid has a value of {name} twice: {values}")
+        if _given(options, name):
+            raise ValueError(f"{who} has {name} in its grid and beside it; one of the two")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{who}: seeds: {seeds} names one twice")
+    if shared := set(seeds) & set(spec["tuning_seeds"]):
+        raise ValueError(
+            f"{who}: seed {min(shared)} is one of tuning_seeds; what is chosen on it would be tested on it"
+        )
+    config = _base(spec, arm)
+    epochs, every = config.get("epochs", 1), config.get("validate_every", 1)
+    if epochs % every:
+        raise ValueError(f"{who}: validate_every {every} leaves out the last of {epochs} epochs")
+    if spec["keep"] is not None and grid and "validation" not in config.get("data", {}):
+        raise ValueError(f"{who}: keep needs data.validation, the number of validation images")
 
 
 def tuning_runs(spec: Mapping[str, Any], arm: str) -> Iterator[Run]:
@@ -200,6 +226,14 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         else:
             merged[name] = value
     return merged
+
+
+def _given(options: Mapping[str, Any], name: str) -> bool:
+    """Whether an arm says itself what "data.size", say, is."""
+    first, _, rest = name.partition(".")
+    if name in options:
+        return True
+    return bool(rest) and isinstance(options.get(first), Mapping) and _given(options[first], rest)
 
 
 def _get(config: Mapping[str, Any], name: str) -> Any:

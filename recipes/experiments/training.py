@@ -297,6 +297,14 @@ def _callbacks(method: str, options: dict[str, Any], seed: int, watch: bool) -> 
         known = (*GROUPING, *RESCALING, *OPTIMIZER, *CHOICES)
         raise ValueError(f"{unknown[0]}: not an option of fgsgd; choose from {', '.join(known)}")
     callbacks: list[Callback] = [_grouping(choices, seed=seed, **grouping)]
+    preserves = grouping.get("start", "preserve") == "preserve"
+    for name in ("redraw", "std_of"):
+        if name in choices and rescale and preserves:
+            raise ValueError(
+                f"{name}: with R by λ it is for start: project or random; preserve keeps λ of the first epoch"
+            )
+    if "constrain_after" in choices and rescale:
+        raise ValueError("constrain_after: it needs rescale: false; until then there is no R")
     if redraw := choices.get("redraw"):
         if redraw not in ("new", "same"):
             raise ValueError(f"redraw: unknown choice {redraw!r}; choose from 'new', 'same'")
@@ -346,7 +354,7 @@ def provenance() -> dict[str, str]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "lightning_fgsgd", "recipes/*.py")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/lightning_fgsgd", ":/recipes/*.py")
     return {
         "commit": commit + ("-changed" if changed else ""),
         "versions": json.dumps({name: version(name) for name in PACKAGES}),

@@ -132,6 +132,30 @@ def test_redrawn_index_sets_are_others_each_epoch_or_the_same(new):
     assert seen.momentum == [0, 0, 0]
 
 
+def test_with_the_same_sets_redrawn_a_step_is_as_long_as_before():
+    class Origins(Redraw):
+        seen: list
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            super().on_train_epoch_start(trainer, pl_module)
+            pom = trainer.optimizers[0].poms[pl_module.net.layer1[0].conv1.weight]
+            self.seen = [*getattr(self, "seen", []), [float(x) for x in pom.metric("start").unique()]]
+
+    grouping = POMGrouping(start="project")
+    origins = Origins(grouping, new=False)
+    fitted([grouping, FeatureStdRescaling(), origins])
+    assert origins.seen[1] == pytest.approx(origins.seen[0])
+    assert origins.seen[2] == pytest.approx(origins.seen[0])
+
+
+def test_constrained_later_rates_by_layer_stay_theirs():
+    later = Later(1, manifolds=["sphere"], layer_decay=0.5)
+    _, optimizer = fitted([later], lr=0.3, epochs=2)
+    rates = {group["lr_factor"]: group["initial_lr"] for group in optimizer.param_groups if "lr_factor" in group}
+    assert len(rates) > 2
+    assert [rate / factor for factor, rate in rates.items()] == pytest.approx([0.3] * len(rates))
+
+
 def test_radii_of_other_readings_of_λ():
     grouping, own = POMGrouping(start="project"), {}
     for std_of in ("nothing", "layer", None):
@@ -175,7 +199,10 @@ def test_momentum_left_behind_is_the_sum_of_tangent_vectors_where_each_was_made(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"redraw": "often"}, "redraw: unknown choice 'often'"),
+        ({"redraw": "often", "rescale": False}, "redraw: unknown choice 'often'"),
+        ({"redraw": "new"}, "redraw: with R by λ it is for start: project or random"),
+        ({"std_of": "layer", "start": "preserve"}, "std_of: with R by λ it is for start: project or random"),
+        ({"constrain_after": 1}, "constrain_after: it needs rescale: false"),
         ({"assign": "flat", "constrain_after": 2}, "assign: it goes with no constrain_after"),
     ],
 )

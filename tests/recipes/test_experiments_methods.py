@@ -179,6 +179,10 @@ def test_muon_steps_kernels_orthogonally_and_leaves_the_rest_to_adamw():
     assert (
         values.max() / values.min() < 2.5
     )  # Newton-Schulz brings singular values near to each other; a gradient's are not
+    # The stem too, though grey images have one channel: Adam's first step would move every number by the rate.
+    stem = (net.conv1.weight - before.conv1.weight).detach().flatten(1)
+    assert stem.abs().std() > 0.1 * stem.abs().mean()
+    assert torch.linalg.svdvals(stem).max() / torch.linalg.svdvals(stem).min() < 2.5
     gradient = torch.linalg.svdvals(weight.grad.flatten(1))
     assert gradient.max() / gradient.min() > 5
     moved = (net.fc.weight - before.fc.weight).detach().abs()

@@ -250,6 +250,17 @@ def test_where_a_row_comes_from_is_the_commit_of_the_checkout():
     assert json.loads(told["versions"])["torch"] == version("torch")
 
 
+def test_where_a_checkout_was_changed_that_is_said(tmp_path, monkeypatch):
+    root, clone = Path(__file__).parents[2], tmp_path / "clone"
+    if subprocess.run(["git", "rev-parse"], cwd=root, capture_output=True, check=False).returncode:
+        pytest.skip("this is no git checkout")
+    subprocess.run(["git", "clone", "-q", "--shared", root, clone], check=True)
+    monkeypatch.setattr(training, "__file__", str(clone / "recipes" / "experiments" / "training.py"))
+    assert not provenance()["commit"].endswith("-changed")
+    (clone / "lightning_fgsgd" / "pom.py").write_text("# changed\n")
+    assert provenance()["commit"].endswith("-changed")
+
+
 @pytest.mark.slow
 def test_fine_tuning_measures_what_is_forgotten(tmp_path):
     config = {

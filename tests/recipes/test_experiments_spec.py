@@ -117,10 +117,21 @@ def test_keys_are_of_what_is_run_and_no_more(tmp_path):
         ({"reference": "Adam"}, "reference: there is no arm 'Adam'"),
         ({"against": ["Sphere", "Adam"]}, "against: there is no arm 'Adam'"),
         ({"keep": "drift"}, "keep: 'drift' is not one of 'agreement', 'agreement_recalibrated'"),
-        ({"tuning_seeds": []}, "tuning_seeds is missing, and 'SGD' has a grid"),
+        ({"tuning_seeds": []}, "'SGD' has a grid, but tuning_seeds is missing"),
         ({"tuning_seeds": [1]}, "share a seed"),
         ({"arms": {"A": {"method": "sgd", "tuned_as": "B"}}}, "'A' is tuned_as 'B', which is no arm with a grid"),
         ({"arms": {"A": {"grid": {"lr": [1]}, "tuned_as": "A"}}}, "has a grid and is tuned_as another"),
+        ({"arms": {"A": {"grid": {"lr": [1]}, "lr": 2}}}, "'A' has lr in its grid and beside it"),
+        (
+            {"arms": {"A": {"grid": {"data.size": [8]}, "data": {"size": 16}}}},
+            "'A' has data.size in its grid and beside",
+        ),
+        ({"arms": {"A": {"grid": {"lr": [0.1, 0.2, 0.1]}}}}, "'A': its grid has a value of lr twice"),
+        ({"seeds": [0, 1, 1]}, "seeds: .* names a seed twice"),
+        ({"arms": {"A": {"seeds": [2, 2]}}}, "'A': seeds: .* names one twice"),
+        ({"arms": {"A": {"seeds": [0, 100]}}}, "'A': seed 100 is one of tuning_seeds"),
+        ({"arms": {"A": {"validate_every": 2}}}, "'A': validate_every 2 leaves out the last of 3 epochs"),
+        ({"keep": "agreement"}, "'SGD': keep needs data.validation"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_field_named(tmp_path, changes, message):
