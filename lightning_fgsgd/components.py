@@ -11,6 +11,7 @@ several layers (the experts of timm's CondConv2d); :func:`cutting_of` knows them
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -190,12 +191,15 @@ def cutting_of(module: nn.Module, kind: str = "kernel", block_size: int = 16, at
         kind: ``"kernel"`` or ``"filter"``, for k x k convolutions. Where the kernel is a single weight it is
             ``"filter"`` always.
         block_size: largest number of output neurons in a block. p is the largest divisor of the outputs (of one conv
-            group, or one gate of a recurrent layer: a block does not mix neurons that read different inputs or do different
-            work) that is at most ``block_size`` and the fan-in, so that no block is ragged.
+            group, one gate of a recurrent layer, or the queries, keys or values of an ``in_proj_weight``: a block does not
+            mix neurons that read different inputs or do different work) that is at most ``block_size`` and the fan-in, so
+            that no block is ragged.
         attr: name of the parameter in ``module``.
     """
     weight = module._parameters.get(attr)
     if weight is None or not _is_weight(module, attr, weight):
+        return None
+    if weight.numel() == 0:
         return None
     shape, experts = tuple(weight.shape), None
     conv_groups, transposed = getattr(module, "groups", 1), isinstance(module, _TRANSPOSED_CONVS)
@@ -210,6 +214,8 @@ def cutting_of(module: nn.Module, kind: str = "kernel", block_size: int = 16, at
     outputs, inputs = (shape[1], shape[0] // conv_groups) if transposed else (shape[0] // conv_groups, shape[1])
     if isinstance(module, _RECURRENT):
         outputs = getattr(module, "proj_size", 0) if attr.startswith("weight_hr") else module.hidden_size
+    elif isinstance(module, nn.MultiheadAttention) and attr == "in_proj_weight":
+        outputs //= 3
     n = inputs * math.prod(kernel)
     p = max(d for d in range(1, min(block_size, n, outputs) + 1) if outputs % d == 0)
     return Cutting("filter", shape, conv_groups, transposed, n, p, experts)
@@ -219,7 +225,7 @@ def _is_weight(module: nn.Module, attr: str, weight: Tensor) -> bool:
     if isinstance(module, (nn.Linear, *CONVOLUTIONS, CondConv2d)):
         return attr == "weight"
     if isinstance(module, _RECURRENT):
-        return attr.startswith("weight_")
+        return re.fullmatch(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", attr) is not None
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)) or "Norm" in type(module).__name__:
         return False
     return (attr == "weight" or attr.endswith("_weight")) and 2 <= weight.ndim <= 5

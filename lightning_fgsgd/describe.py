@@ -26,7 +26,8 @@ class Description:
             ``"numel"``, ``"constrained"``, ``"reason"`` (why it is Euclidean, else ""), ``"cutting"``, ``"n"``, ``"p"``,
             ``"components"``, ``"groups"``, the number of components on each manifold (``"sphere"``, ...), ``"start"``,
             ``"radius_min"``, ``"radius_max"``, and ``"change"``, the relative change ‖placed − before‖_F / ‖before‖_F that
-            the start makes, where that is known. None where a key does not apply.
+            the start makes, where that is known. None where a key does not apply. Parameters that are frozen, or that the
+            optimizer was not given, are not constrained until it is given them.
         totals: ``"parameters"``, ``"constrained"`` and ``"share"`` (of numbers, not tensors), ``"layers"`` constrained, and
             ``"output_change"``, where a batch was given.
     """
@@ -44,10 +45,18 @@ class Description:
         }
 
     def scalars(self) -> dict[str, float]:
-        """The totals and each constrained layer's change as one flat dict, for ``logger.log_metrics``."""
+        """The totals and each constrained layer's change as one flat dict, for ``logger.log_metrics``.
+
+        Of several models, the second layer of a name is called ``name (2)``.
+        """
         flat = {f"pom/{name}": float(value) for name, value in self.totals.items() if value is not None}
-        changes = {row["name"]: row["change"] for row in self.rows if row["change"] is not None}
-        return flat | {f"pom/change/{name}": change for name, change in changes.items()}
+        seen: Counter[str] = Counter()
+        for row in self.rows:
+            if row["change"] is not None:
+                seen[row["name"]] += 1
+                count = seen[row["name"]]
+                flat[f"pom/change/{row['name']}{f' ({count})' if count > 1 else ''}"] = row["change"]
+        return flat
 
     @property
     def columns(self) -> list[str]:
@@ -120,8 +129,9 @@ def describe(
 
     Args:
         source: what :func:`~lightning_fgsgd.pom_param_groups` returned, before anything has moved; or a live ``FGSGD``.
-        model: with ``batch``: the model, to measure how much placing the weights changes its output. It is run in its
-            present mode, twice, and not changed; with a live ``FGSGD`` only before the first step.
+        model: with ``batch``: the model, to measure how much placing the weights changes its output, one tensor. It is run
+            in its present mode, twice, with the same random numbers, and not changed; with a live ``FGSGD`` that is only
+            known before the first step.
         batch: what to call it with, a tensor or a tuple of arguments.
         quiet: do not print.
 
@@ -130,6 +140,7 @@ def describe(
 
     Raises:
         ValueError: a batch without a model.
+        TypeError: the output of ``model`` is not one tensor.
 
     With sharded weights it is called by all processes.
     """
@@ -141,8 +152,8 @@ def describe(
         poms = {
             p: pom for p, pom in zip(source.poms, whole(list(source.poms.values())), strict=True) if pom is not None
         }
-    placed: dict[str, tuple[Tensor, Tensor]] = {}  # before and after
-    rows = []
+    placed: dict[Tensor, tuple[Tensor, Tensor]] = {}  # before and after
+    rows, known = [], True
     for p, name in plan.names.items():
         row: dict[str, Any] = dict.fromkeys(_KEYS)
         row |= {"name": name, "shape": tuple(p.shape), "numel": p.numel(), "constrained": False, "reason": ""}
@@ -150,23 +161,31 @@ def describe(
             assert isinstance(source, FGSGD)
             row |= _live(poms[p])
             if source.has_unplaced(p):
-                placed[name] = whole_of(source.unplaced(p)), whole_of(p)
+                placed[p] = whole_of(source.unplaced(p)), whole_of(p)
+            elif poms[p].start != "preserve":
+                known = False
+        elif p in plan.weights and not p.requires_grad:
+            row["reason"] = "frozen"
+        elif p in plan.weights and isinstance(source, FGSGD):
+            row["reason"] = "not given to the optimizer"
         elif p in plan.weights:
             row |= _planned(plan.weights[p])
             if not p.is_meta and plan.weights[p].start != "preserve":
                 before = whole_of(p)
                 after = before.clone()
                 POM.place(plan.weights[p], after)
-                placed[name] = before, after
+                placed[p] = before, after
         else:
-            row["reason"] = plan.euclidean.get(name, "")
+            row["reason"] = plan.reasons.get(p, "")
         if row["start"] == "preserve":
             row["change"] = 0.0
-        if name in placed:
-            before, after = placed[name]
+        if p in placed and bool(placed[p][0].any()):  # nothing is a change relative to zero
+            before, after = placed[p]
             row["change"] = float((after.double() - before.double()).norm() / before.double().norm())
         rows.append(row)
-    output_change = None if model is None or batch is None else _output_change(model, batch, plan, placed)
+    if isinstance(source, FGSGD):
+        rows += _unplanned(source, plan)
+    output_change = _output_change(model, batch, placed) if model is not None and batch is not None and known else None
     description = Description(rows, output_change)
     if not quiet:
         _print(description)
@@ -204,18 +223,32 @@ def _cut(weight: PlannedWeight | POM) -> dict[str, Any]:
     }
 
 
+def _unplanned(optimizer: FGSGD, plan: POMPlan) -> Iterator[dict[str, Any]]:
+    """Rows of parameters that no plan has a name for, as in ``FGSGD(model.parameters())``."""
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            if p not in plan.names:
+                name = f"group {i}, parameter {j}"
+                found = {"name": name, "shape": tuple(p.shape), "numel": p.numel(), "constrained": False}
+                yield dict.fromkeys(_KEYS) | found | {"reason": "given without a plan"}
+
+
 @torch.no_grad()
-def _output_change(model: nn.Module, batch: Any, plan: POMPlan, placed: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+def _output_change(model: nn.Module, batch: Any, placed: Mapping[Tensor, tuple[Tensor, Tensor]]) -> float:
     """‖output after − output before‖ / ‖output before‖ for one batch."""
     args = batch if isinstance(batch, tuple) else (batch,)
-    # The plan's names are those of the model that it was drawn from, which may be the LightningModule around this one.
+    # Not the plan's names: those are of the model that it was drawn from, which may be a LightningModule around this one.
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    by_plan = {name: p for p, name in plan.names.items()}
+    devices = {p.device for p in names if p.device.type == "cuda"}
     outputs = []
     for i in range(2):
-        weights = {names[by_plan[name]]: pair[i] for name, pair in placed.items() if by_plan[name] in names}
+        weights = {names[p]: pair[i] for p, pair in placed.items() if p in names}
         state = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm may write to them
-        outputs.append(torch.func.functional_call(model, {**state, **weights}, args).double())
+        with torch.random.fork_rng(devices):
+            output = torch.func.functional_call(model, {**state, **weights}, args)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model: its output is a {type(output).__name__}; give a module that puts out one tensor")
+        outputs.append(output.double())
     before, after = outputs
     return float((after - before).norm() / before.norm())
 

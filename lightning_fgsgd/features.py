@@ -34,7 +34,8 @@ class FeatureReader:
     without a call of their layer (``F.linear(x, self.qkv.weight)``, ``nn.MultiheadAttention``, bare parameters) are watched
     for in torch's own functions; that costs a little for each function called, so it stops where every weight's layer was
     seen to be called. Not seen: weights that reach a function changed (cast, sliced, normalised), the hidden states between
-    the layers of a recurrent stack, and the output projection of ``nn.MultiheadAttention``.
+    the layers of a recurrent stack, the output projection of ``nn.MultiheadAttention``, and what is called in a
+    ``torch.func.vmap``.
 
     Code of ``torch.compile`` runs uncompiled from :meth:`start` to :meth:`close`, and there are hooks only then: hooks in
     compiled code would split it at every layer, and be compiled anew whenever they change.
@@ -43,7 +44,7 @@ class FeatureReader:
         model: holds the weights.
         poms: the constrained weights.
         update: is given the weight, its features and their channel axis.
-        output: is given the weight and the output of its layer, where that was called.
+        pixels: is given the weight and the number of pixels, or tokens, of what it puts out for one image or sequence.
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class FeatureReader:
         model: nn.Module,
         poms: Mapping[Tensor, POM],
         update: Callable[[Tensor, Tensor, int], None],
-        output: Callable[[Tensor, Tensor], None],
+        pixels: Callable[[Tensor, int], None],
     ) -> None:
         self._poms = poms
         self._update = update
-        self._output = output
+        self._pixels = pixels
         self._called: set[Tensor] = set()
         self._reading = False
         self._functions: _Functions | None = None
@@ -103,16 +104,24 @@ class FeatureReader:
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(partial(self._after, weights["weight"])))
             elif isinstance(module, nn.RNNBase):
-                self._handles.append(module.register_forward_hook(partial(self._recurrent, weights)))
+                self._handles.append(module.register_forward_hook(partial(self._recurrent, weights), with_kwargs=True))
             elif isinstance(module, nn.RNNCellBase):
-                self._handles.append(module.register_forward_hook(partial(self._cell, weights)))
+                self._handles.append(module.register_forward_hook(partial(self._cell, weights), with_kwargs=True))
 
     # What is seen ---------------------------------------------------------------------------------------------------
 
     def _show(self, weight: Tensor, features: Any, dim: int = -1) -> None:
         channels = self._poms[weight].layer.in_channels
-        if isinstance(features, Tensor) and features.ndim >= abs(dim) and features.shape[dim] == channels:
+        if not isinstance(features, Tensor) or torch._C._functorch.is_batchedtensor(features):
+            return
+        if features.ndim >= abs(dim) and features.shape[dim] == channels:
             self._update(weight, features.detach(), dim)
+
+    def _put_out(self, weight: Tensor, output: Any) -> None:
+        """Tell the number of pixels of what a Linear layer or a convolution puts out."""
+        if isinstance(output, Tensor):
+            spatial = len(self._poms[weight].layer.kernel)
+            self._pixels(weight, output.shape[-spatial:].numel() if spatial else output.shape[1:-1].numel())
 
     def _axis(self, weight: Tensor) -> int:
         """The channel axis of a layer's input."""
@@ -124,41 +133,57 @@ class FeatureReader:
             self._show(weight, args[0] if args else kwargs.get("input", kwargs.get("x")), self._axis(weight))
 
     def _after(self, weight: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._reading and isinstance(output, Tensor):
-            self._output(weight, output)
+        if self._reading:
+            self._put_out(weight, output)
 
-    def _recurrent(self, weights: Mapping[str, Tensor], module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _recurrent(
+        self, weights: Mapping[str, Tensor], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """The input of the first layer, and the hidden states of the last, one step late."""
         if not self._reading:
             return
         self._called.update(weights.values())
-        hidden = output[0]
+        features, start = _given(args, kwargs)
+        hidden, states = output[0], start[0] if isinstance(start, tuple) else start
+        time = 1 if module.batch_first and isinstance(hidden, Tensor) and hidden.ndim == 3 else 0
+        steps = hidden.shape[time] if isinstance(hidden, Tensor) else len(hidden.batch_sizes)
         for attr, weight in weights.items():
             kind, layer, reverse = re.fullmatch(r"weight_(ih|hh|hr)_l(\d+)(_reverse)?", attr).groups()  # type: ignore[union-attr]
+            self._pixels(weight, steps)
             if kind == "ih" and int(layer) == 0:
-                self._show(weight, getattr(args[0], "data", args[0]))
+                self._show(weight, getattr(features, "data", features))
             elif kind == "hh" and int(layer) == module.num_layers - 1 and isinstance(hidden, Tensor):
-                size, time = self._poms[weight].layer.in_channels, 1 if module.batch_first and hidden.ndim == 3 else 0
+                size = self._poms[weight].layer.in_channels
                 own = hidden[..., size:] if reverse else hidden[..., :size]
                 own = own.flip(time) if reverse else own
-                first = torch.zeros_like(own.narrow(time, 0, 1)) if len(args) < 2 or args[1] is None else None
-                if first is not None:
-                    self._show(weight, torch.cat([first, own.narrow(time, 0, own.shape[time] - 1)], time))
+                first = torch.zeros_like(own.narrow(time, 0, 1))
+                if states is not None:  # of the last layer; those of the two directions come last
+                    first = states[-1 if reverse or not module.bidirectional else -2].unsqueeze(time).to(own)
+                self._show(weight, torch.cat([first, own.narrow(time, 0, steps - 1)], time))
 
-    def _cell(self, weights: Mapping[str, Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _cell(
+        self,
+        weights: Mapping[str, Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
         if not self._reading:
             return
         self._called.update(weights.values())
-        state = args[1] if len(args) > 1 else None
+        features, state = _given(args, kwargs)
         for attr, weight in weights.items():
-            self._show(weight, args[0] if attr == "weight_ih" else state[0] if isinstance(state, tuple) else state)
+            self._pixels(weight, 1)
+            self._show(weight, features if attr == "weight_ih" else state[0] if isinstance(state, tuple) else state)
 
-    def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A function of torch is called; show what it applies to a constrained weight that is not read otherwise."""
+    def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A function of torch was called; show what it applied to a constrained weight that is not read otherwise."""
         if func in _FUNCTIONS:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if type(weight) is nn.Parameter and weight in self._poms and weight not in self._called:
                 self._show(weight, args[0] if args else kwargs.get("input"), self._axis(weight))
+                self._put_out(weight, output)
         elif func is F.multi_head_attention_forward:
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             inputs = [given[name] for name in ("query", "key", "value")]
@@ -167,6 +192,7 @@ class FeatureReader:
             for weight, features in zip(weights, inputs, strict=True):
                 if weight is not None and weight in self._poms:
                     self._show(weight, features)
+                    self._pixels(weight, len(features))  # torch has the sequence first here
 
 
 class _Functions(TorchFunctionMode):
@@ -178,5 +204,11 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._reader.function(func, args, kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        self._reader.function(func, args, kwargs, output)
+        return output
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The input of a recurrent layer and its states at the start, however they were given."""
+    return args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs.get("hx")

@@ -46,11 +46,15 @@ def group_norms(components: Tensor, group: Tensor, norms: Norms | None = None) -
         group: the group of each component, (k,).
         norms: their norms, where they are at hand.
     """
-    _, frobenius, l21 = component_norms(components) if norms is None else norms
+    single, frobenius, l21 = component_norms(components) if norms is None else norms
     groups = int(group.max()) + 1
-    spectral = _gram_spectral if components.shape[-2] <= _EXACT else _lanczos_spectral
+    if components.shape[-2] <= _EXACT:
+        spectral = _gram_spectral(components, group, groups)
+    else:  # from below, so a group's is at least that of each of its components
+        largest = single.new_zeros(groups).scatter_reduce_(0, group, single, "amax")
+        spectral = torch.maximum(_lanczos_spectral(components, group, groups), largest)
     return Norms(
-        spectral(components, group, groups),
+        spectral,
         _sums(frobenius.square(), group, groups).sqrt(),
         _sums(l21, group, groups),
     )

@@ -49,16 +49,21 @@ class POMPlan:
 
     Attributes:
         weights: the constrained weights, frozen ones too, by parameter.
-        euclidean: the name of every other parameter, and the reason why it stays Euclidean.
+        reasons: why every other parameter stays Euclidean, by parameter.
         names: the name of every parameter of the model.
     """
 
     weights: dict[Tensor, PlannedWeight] = field(default_factory=dict)
-    euclidean: dict[str, str] = field(default_factory=dict)
+    reasons: dict[Tensor, str] = field(default_factory=dict)
     names: dict[Tensor, str] = field(default_factory=dict)
 
+    @property
+    def euclidean(self) -> dict[str, str]:
+        """The name of every other parameter, and the reason why it stays Euclidean."""
+        return {self.names[p]: reason for p, reason in self.reasons.items()}
+
     def __or__(self, other: POMPlan) -> POMPlan:
-        return POMPlan(self.weights | other.weights, self.euclidean | other.euclidean, self.names | other.names)
+        return POMPlan(self.weights | other.weights, self.reasons | other.reasons, self.names | other.names)
 
 
 class POMParamGroup(dict[str, Any]):
@@ -163,7 +168,7 @@ def pom_param_groups(
         seed=seed,
     )
     if not plan.weights:
-        reasons = "; ".join(sorted(set(plan.euclidean.values())))
+        reasons = "; ".join(sorted(set(plan.reasons.values())))
         raise ValueError(
             f"model: {type(model).__name__} has no weight to constrain ({reasons or 'it has no parameters'}). "
             "Linear layers and convolutions can be constrained; exclude=() includes the classifier head, "
@@ -224,7 +229,7 @@ def draw_plan(
         else:
             reason = _unfit(weight, name, cut, mine["start"], model)
         if reason or cut is None:
-            plan.euclidean[name] = reason
+            plan.reasons[weight] = reason
             continue
         generator = torch.Generator().manual_seed(layer_seed(seed, name))
         sets = draw_index_sets(cut, mine["scheme"], mine["manifolds"], mine["groups"], generator=generator)
@@ -343,7 +348,7 @@ def _free_of_weight_decay(model: nn.Module, plan: POMPlan, which: bool | Sequenc
         return set()
     if which is not True:
         return Selector(model, *_parameters(model)).find("no_weight_decay", which)
-    free = {p for p, name in plan.names.items() if p.ndim <= 1 or plan.euclidean.get(name) in ("bias", "norm", "gain")}
+    free = {p for p in plan.names if p.ndim <= 1 or plan.reasons.get(p) in ("bias", "norm", "gain")}
     for module in model.modules():
         exempt: Any = getattr(module, "no_weight_decay", None)
         if callable(exempt):

@@ -9,8 +9,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 __all__ = ["normalizes_weight", "why_euclidean"]
 
 _STANDARDIZING = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
-# torch.nn.utils.weight_norm and spectral_norm, which compute the weight from these in a hook before each forward.
-_HOOKED = {"weight_g", "weight_v", "weight_orig"}
+# Of torch.nn.utils.weight_norm, spectral_norm and prune, which compute the weight from these in a hook before each forward.
+_HOOKED = ("_g", "_v", "_orig")
 _WORDS = (
     ("token", ("token", "latent", "query_embed")),
     ("table", ("table", "rel_pos", "_rel", "attention_bias", "freqs")),
@@ -29,9 +29,11 @@ def why_euclidean(name: str, p: Tensor, owners: list[nn.Module]) -> str:
     """A reason for a parameter that :func:`~lightning_fgsgd.components.cutting_of` does not take for a weight."""
     attr = name.rpartition(".")[2]
     if any(isinstance(m, ParametrizationList) for m in owners) or (
-        attr in _HOOKED and any(m._forward_pre_hooks for m in owners)
+        attr.startswith("weight") and attr.endswith(_HOOKED) and any(m._forward_pre_hooks for m in owners)
     ):
         return "its layer computes the weight from it (parametrization, weight_norm or spectral_norm)"
+    if p.numel() == 0:
+        return "empty"
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in owners):
         return "embedding"
     if any("Norm" in type(m).__name__ for m in owners):

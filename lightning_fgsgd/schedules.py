@@ -24,7 +24,7 @@ class RobbinsMonroLR(lr_scheduler.LambdaLR):
         last_epoch: as in every torch scheduler.
 
     Raises:
-        ValueError: κ outside (1/2, 1], τ not above 0, or a negative warm-up.
+        ValueError: κ outside (1/2, 1], τ not above 0, or a warm-up that is not a whole number of at least 0.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class RobbinsMonroLR(lr_scheduler.LambdaLR):
             raise ValueError(f"kappa: {kappa!r} is not in (1/2, 1]: Σ r must diverge and Σ r² converge (Eq. 4)")
         if not 0 < tau < float("inf"):
             raise ValueError(f"tau: {tau!r} is not a finite number above 0")
-        if warmup < 0:
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup: {warmup!r} is not a whole number of at least 0")
         self.tau, self.kappa, self.warmup = tau, kappa, warmup
         super().__init__(optimizer, self._factor, last_epoch)
@@ -91,6 +91,10 @@ def _polynomial(scheduler: Any) -> StepSizeCheck:
 
 
 def _finally(scheduler: Any) -> StepSizeCheck:
+    if isinstance(scheduler, lr_scheduler.LinearLR) and scheduler.end_factor == 0:
+        return _polynomial(scheduler)
+    if isinstance(scheduler, lr_scheduler.MultiStepLR) and scheduler.gamma == 0:
+        return StepSizeCheck(False, f"gamma=0 makes it 0: {_SUM}")
     return StepSizeCheck(False, f"in the end it is constant: {_SUM_OF_SQUARES}")
 
 

@@ -17,7 +17,7 @@ class Selector:
 
     A pattern is one of
 
-    * a glob on the parameter's name: ``"blocks.*.attn.*"``;
+    * a glob on the parameter's name, any of them where it is tied: ``"blocks.*.attn.*"``;
     * ``"type:"`` and a glob on the class of its layer, or on one of its base classes: ``"type:Linear"``, ``"type:Conv*"``;
     * ``"timm:head"``, the classifier that ``get_classifier`` names; ``"timm:stem"``; ``"timm:stage1"``, ``"timm:stage2"``,
       ..., the groups that ``group_matcher(coarse=True)`` numbers after the stem.
@@ -31,6 +31,10 @@ class Selector:
     def __init__(self, model: nn.Module, names: dict[Tensor, str], owners: dict[Tensor, list[nn.Module]]) -> None:
         self._model = model
         self._names = names
+        self._all_names = {p: {name} for p, name in names.items()}
+        for name, p in model.named_parameters(remove_duplicate=False):  # a tied weight has several
+            if p in self._all_names:
+                self._all_names[p].add(name.replace("_orig_mod.", ""))
         self._owners = owners
         self._stages: dict[Tensor, int] | None = None
 
@@ -64,9 +68,11 @@ class Selector:
                     f"{argument}: unknown pattern {pattern!r}; there are timm:head, timm:stem, timm:stage1, ..."
                 )
             if self._stages is None:
-                self._stages = _groups_by_parameter(self._model, argument, coarse=True)
+                self._stages = {}
+                for of_one in _groups_by_parameter(self._model, argument, coarse=True):
+                    self._stages |= of_one
             return {p for p, stage in self._stages.items() if stage == int(number)}
-        return {p for p, name in self._names.items() if fnmatchcase(name, pattern)}
+        return {p for p, names in self._all_names.items() if any(fnmatchcase(name, pattern) for name in names)}
 
     def _help(self, pattern: str) -> str:
         if pattern.startswith("type:"):
@@ -95,24 +101,26 @@ def layer_decay_factors(model: nn.Module, decay: float) -> dict[Tensor, float]:
     Layers are those of timm's ``group_matcher``, as in ``timm.optim.param_groups_layer_decay``; parameters outside the timm
     model have the factor 1.
     """
-    layers = _groups_by_parameter(model, "layer_decay", coarse=False)
-    last = max(layers.values())
-    return {p: decay ** (last - layer) for p, layer in layers.items()}
+    factors: dict[Tensor, float] = {}
+    for layers in _groups_by_parameter(model, "layer_decay", coarse=False):
+        last = max(layers.values())
+        factors |= {p: decay ** (last - layer) for p, layer in layers.items()}
+    return factors
 
 
-def _groups_by_parameter(model: nn.Module, argument: str, coarse: bool) -> dict[Tensor, int]:
-    """Number of timm's group of each parameter of the timm models in ``model``, from 0 at the input."""
-    found: dict[Tensor, int] = {}
+def _groups_by_parameter(model: nn.Module, argument: str, coarse: bool) -> list[dict[Tensor, int]]:
+    """Number of timm's group of each parameter, from 0 at the input, for each of the timm models in ``model``."""
+    found: list[dict[Tensor, int]] = []
     for module in _outermost(model):
         matcher: Any = module.group_matcher
         numbers: Any = group_parameters(module, matcher(coarse=coarse), reverse=True)
-        found |= {p: int(numbers[name]) for name, p in module.named_parameters() if name in numbers}
-    if not found:
+        found.append({p: int(numbers[name]) for name, p in module.named_parameters() if name in numbers})
+    if not any(found):
         raise ValueError(
             f"{argument}: {type(model).__name__} has no timm model with a group_matcher, which numbers stages and layers; "
             "choose by globs on names"
         )
-    return found
+    return [of_one for of_one in found if of_one]
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:

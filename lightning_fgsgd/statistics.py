@@ -24,6 +24,9 @@ class FeatureStd(Metric):
         pools: pool the channels into this many equal runs, as a conv group's fan-in; None keeps every channel apart.
         kwargs: as in ``torchmetrics.Metric``.
 
+    Raises:
+        ValueError: ``pools`` does not divide ``channels``.
+
     Example::
 
         std = FeatureStd(3)
@@ -40,6 +43,8 @@ class FeatureStd(Metric):
     def __init__(self, channels: int, pools: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.pools = channels if pools is None else pools
+        if self.pools < 1 or channels % self.pools:
+            raise ValueError(f"pools: {pools!r} does not divide {channels} channels into equal runs")
         self.set_dtype(torch.float64)
         self.add_state("moments", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
@@ -47,8 +52,10 @@ class FeatureStd(Metric):
         """Add a batch of features, any shape with the channels along ``dim``."""
         if features.numel() == 0:
             return
-        if features.dtype in (torch.float16, torch.bfloat16):
+        if features.dtype not in (torch.float32, torch.float64):  # half precision, or images as bytes
             features = features.float()
+        if features.ndim == 1:  # one vector is a batch of one
+            features, dim = features[None], 1
         dim = dim % features.ndim
         others = [d for d in range(features.ndim) if d != dim]
         count = features.numel() // features.shape[dim]

@@ -95,3 +95,20 @@ def test_wide_kernels_are_transposed_so_that_n_is_at_least_p():
 def test_other_layers_are_not_cut():
     assert cutting_of(nn.BatchNorm2d(3)) is None
     assert cutting_of(nn.Embedding(3, 4)) is None
+
+
+def test_a_layer_without_weights_is_not_cut():
+    assert cutting_of(nn.Linear(16, 0)) is None
+    assert cutting_of(nn.Linear(0, 4)) is None
+
+
+def test_a_block_of_an_attentions_projection_is_of_queries_of_keys_or_of_values():
+    cutting = cutting_of(nn.MultiheadAttention(20, 4), attr="in_proj_weight")
+    assert (cutting.p, cutting.count) == (10, 6)
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0_v", "weight_hh_l0_orig", "weight_hh"])
+def test_what_a_recurrent_layer_computes_its_weights_from_is_not_cut(name):
+    layer = nn.LSTM(4, 3)
+    layer.register_parameter(name, nn.Parameter(torch.randn(12, 3)))
+    assert (cutting_of(layer, attr=name) is None) == (name != "weight_hh")

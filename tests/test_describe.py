@@ -121,3 +121,79 @@ def test_the_grouping_callback_prints_it_when_asked_to(tmp_path, capsys):
 def test_a_batch_needs_a_model(tiny):
     with pytest.raises(ValueError, match="model: it is needed to run the batch through"):
         describe(pom_param_groups(tiny), batch=torch.randn(1))
+
+
+def mlp(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+def test_two_models_with_the_same_names_are_told_apart():
+    a, b, x = mlp(0), mlp(1), torch.randn(5, 8)
+    before = a(x)
+    groups = [
+        *pom_param_groups(a, start="project", exclude=["2.weight"]),
+        *pom_param_groups(b, start="preserve", include=["2.weight"]),
+    ]
+    optimizer = FGSGD(groups, lr=0.1)
+    found = describe(optimizer, a, x, quiet=True)
+    assert found.totals["output_change"] == pytest.approx(float((a(x) - before).norm() / before.norm()), rel=1e-5)
+    assert found.totals["output_change"] > 0.01
+    first, second = found.rows[:4], found.rows[4:]
+    assert [row["reason"] for row in (first[2], second[0])] == ["in exclude", "not in include"]
+    assert first[0]["change"] > 0.01
+    assert second[2]["change"] == 0
+    both = describe(FGSGD([*pom_param_groups(mlp(2)), *pom_param_groups(mlp(3))]), quiet=True).scalars()
+    assert {"pom/change/0.weight", "pom/change/0.weight (2)"} <= set(both)
+
+
+def test_frozen_weights_are_not_counted_as_constrained_nor_placed():
+    net, x = mlp(0), torch.randn(5, 8)
+    net[0].weight.requires_grad_(False)
+    groups = pom_param_groups(net, start="project")
+    planned = describe(groups, net, x, quiet=True)
+    before = net(x)
+    optimizer = FGSGD(groups, lr=0.1)
+    change = float((net(x) - before).norm() / before.norm())
+    for found in (planned, describe(optimizer, net, x, quiet=True)):
+        assert (found.rows[0]["constrained"], found.rows[0]["reason"]) == (False, "frozen")
+        assert found.totals["layers"] == 1
+        assert found.totals["output_change"] == pytest.approx(change, rel=1e-5)
+
+
+def test_after_a_step_it_is_not_known_what_placing_changed():
+    net, x = mlp(0), torch.randn(5, 8)
+    optimizer = FGSGD(pom_param_groups(net, start="project"), lr=0.1)
+    net(x).square().mean().backward()
+    optimizer.step()
+    found = describe(optimizer, net, x, quiet=True)
+    assert found.totals["output_change"] is None
+    assert "changes the output" not in str(found)
+
+
+def test_dropout_is_the_same_before_and_after():
+    net, x = torch.nn.Sequential(mlp(0), torch.nn.Dropout(0.5)), torch.randn(50, 8)
+    assert describe(pom_param_groups(net), net, x, quiet=True).totals["output_change"] == 0
+    state = torch.get_rng_state()
+    describe(pom_param_groups(net), net, x, quiet=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_weight_of_zeros_has_no_relative_change():
+    net = mlp(0)
+    torch.nn.init.zeros_(net[0].weight)
+    found = describe(pom_param_groups(net, start="random"), quiet=True)
+    assert found.rows[0]["change"] is None
+    assert "pom/change/0.weight" not in found.scalars()
+
+
+def test_parameters_without_a_plan_are_counted():
+    found = describe(FGSGD(mlp(0).parameters(), lr=0.1), quiet=True)
+    assert found.totals["parameters"] == 8 * 16 + 16 + 16 * 4 + 4
+    assert {row["reason"] for row in found.rows} == {"given without a plan"}
+
+
+def test_a_model_that_puts_out_more_than_a_tensor_is_refused_by_name():
+    net = torch.nn.LSTM(3, 4)
+    with pytest.raises(TypeError, match="model: its output is a tuple"):
+        describe(pom_param_groups(net), net, torch.randn(2, 5, 3), quiet=True)

@@ -1,7 +1,10 @@
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_fgsgd import FGSGD, export_timm, pom_param_groups
 
@@ -37,3 +40,34 @@ def test_wrong_targets_are_named(tmp_path):
         export_timm(nn.Linear(2, 2), tmp_path / "weights.onnx")
     with pytest.raises(ValueError, match="Linear is not a timm model, nor is its attribute 'model'"):
         export_timm(nn.Linear(2, 2), tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_names_are_those_of_the_model_without_torch_compile(tmp_path, whole):
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    expected, x = set(model.state_dict()), torch.randn(1, 3, 64, 64)
+    logits = model(x)
+    if whole:
+        given = torch.compile(model)
+    else:
+        given = model
+        model.layer1 = torch.compile(model.layer1)
+    path = export_timm(given, tmp_path / "weights.pt")
+    assert set(torch.load(path)) == expected
+    loaded = timm.create_model("test_resnet", num_classes=5, checkpoint_path=str(path)).eval()
+    assert torch.equal(loaded(x), logits)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_sharded_weights_are_put_together(tmp_path, name):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = timm.create_model("test_resnet", num_classes=5).eval()
+        x = torch.randn(1, 3, 64, 64)
+        logits = model(x)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        path = export_timm(model, tmp_path / name)
+    finally:
+        dist.destroy_process_group()
+    loaded = timm.create_model("test_resnet", num_classes=5, checkpoint_path=str(path)).eval()
+    assert torch.equal(loaded(x), logits)

@@ -193,3 +193,90 @@ def test_reading_does_not_change_what_the_model_computes():
     assert torch.equal(plain, watched)
     watched.sum().backward()
     assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_recurrent_layer_is_read_with_the_states_that_it_is_given(kind, bidirectional, batch_first, by_name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = kind(5, 4, num_layers=2, bidirectional=bidirectional, batch_first=batch_first)
+
+        def forward(self, x, h):
+            h = (h, torch.zeros_like(h)) if kind is nn.LSTM else h
+            return self.layer(input=x, hx=h)[0] if by_name else self.layer(x, h)[0]
+
+    torch.manual_seed(0)
+    net, directions = Net(), 2 if bidirectional else 1
+    x = torch.randn(3, 7, 5) if batch_first else torch.randn(7, 3, 5)
+    h = torch.randn(2 * directions, 3, 4) * 9
+    found = read(net, (x, h))
+    torch.testing.assert_close(found["layer.weight_ih_l0"][0], std(x))
+    hidden = net(x, h).detach()
+    forward, *backward = (hidden.transpose(0, 1) if batch_first else hidden).split(4, -1)
+    last = h[-directions:]  # of the last layer
+    torch.testing.assert_close(found["layer.weight_hh_l1"][0], std(torch.cat([last[:1], forward[:-1]])))
+    for own in backward:  # which begins at the end
+        torch.testing.assert_close(found["layer.weight_hh_l1_reverse"][0], std(torch.cat([own[1:], last[1:]])))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_a_cell_is_read_by_whatever_names_it_is_called(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = kind(5, 4)
+
+        def forward(self, x, h):
+            return self.cell(input=x, hx=(h, torch.zeros_like(h)) if kind is nn.LSTMCell else h)
+
+    x, h = torch.randn(9, 5), torch.randn(9, 4) * 3
+    found = read(Net(), (x, h))
+    torch.testing.assert_close(found["cell.weight_ih"][0], std(x))
+    torch.testing.assert_close(found["cell.weight_hh"][0], std(h))
+
+
+def test_the_pixels_that_each_weight_puts_out_are_told_however_it_is_used():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, stride=2)
+            self.linear = nn.Linear(5, 6)
+            self.matrix_weight = nn.Parameter(torch.randn(8, 6))
+            self.kernel_weight = nn.Parameter(torch.randn(5, 4, 3, 3))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.lstm = nn.LSTM(8, 8, batch_first=True)
+            self.cell = nn.GRUCell(8, 8)
+
+        def forward(self, x):
+            x = F.conv2d(self.conv(x), self.kernel_weight).flatten(2).mT
+            x = F.linear(self.linear(x), self.matrix_weight)
+            x = self.lstm(input=self.attention(x, x, x)[0])[0]
+            return self.cell(x[:, -1])
+
+    net = Net()
+    poms = FGSGD(pom_param_groups(net, exclude=()), lr=0.1).poms
+    names = {p: name for name, p in net.named_parameters()}
+    found = {}
+    reader = FeatureReader(net, poms, lambda *seen: None, lambda p, count: found.update({names[p]: count}))
+    reader.start()
+    net(torch.randn(2, 3, 15, 15))
+    reader.close()
+    cell = dict.fromkeys(["cell.weight_ih", "cell.weight_hh"], 1)
+    tokens = ["linear.weight", "matrix_weight", "attention.in_proj_weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert found == {"conv.weight": 49, "kernel_weight": 25, **dict.fromkeys(tokens, 25), **cell}
+
+
+def test_what_is_called_in_vmap_is_left_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.func.vmap(self.layer)(x)
+
+    assert read(Net(), torch.randn(6, 4)) == {}

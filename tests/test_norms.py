@@ -84,3 +84,10 @@ def test_a_group_with_a_zero_component_has_the_geometric_mean_zero():
     x[1] = 0
     means = geometric_means(component_norms(x), torch.tensor([0, 0, 1, 1]))
     assert all(mean[0] == 0 and mean[1] > 0 for mean in means)
+
+
+def test_the_norm_of_a_group_is_at_least_that_of_each_of_its_components():
+    torch.manual_seed(0)
+    components = torch.randn(12, 1500, 128) * 0.02
+    group = torch.arange(12)
+    assert (group_norms(components, group).spectral >= component_norms(components).spectral).all()

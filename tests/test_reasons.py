@@ -1,5 +1,7 @@
 """Every parameter that stays Euclidean has a reason that a person can act on."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -118,3 +120,19 @@ def test_bare_parameters_are_known_by_their_names_and_shapes(attr, shape, reason
     p = nn.Parameter(torch.randn(shape))
     module.register_parameter(attr, p)
     assert why_euclidean(attr, p, [module]) == reason
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated.*")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize(
+    "layer", [(nn.LSTM(8, 16), "weight_hh_l0"), (nn.Linear(8, 16), "weight")], ids=["lstm", "linear"]
+)
+def test_weights_that_are_computed_before_each_forward_are_left_out(wrap, layer):
+    found = reasons(nn.ModuleDict({"made": wrap(copy.deepcopy(layer[0]), name=layer[1])}))
+    made = [reason for name, reason in found.items() if name.startswith(f"made.{layer[1]}_")]
+    assert made
+    assert set(made) == {"its layer computes the weight from it (parametrization, weight_norm or spectral_norm)"}
+
+
+def test_a_parameter_without_numbers_is_empty():
+    assert reasons(nn.ModuleDict({"none": nn.Linear(16, 0), "some": nn.Linear(4, 4)}))["none.weight"] == "empty"

@@ -207,3 +207,27 @@ def test_what_splits_groups_needs_groups_that_the_mixin_makes(tmp_path, name, va
 
     with pytest.raises(Exception, match=f"POMGrouping: {name} splits parameter groups, .*{name}={value}"):
         trainer(tmp_path, POMGrouping(**{name: value})).fit(Own(), loader())
+
+
+def test_two_models_each_have_their_own_last_layer():
+    small, large = (timm.create_model(name, num_classes=3) for name in ("resnet18", "resnet50"))
+    both = nn.ModuleDict({"a": small, "b": large})
+    alone = {
+        f"{name}.{n}": f
+        for name, model in both.items()
+        for group in param_groups_layer_decay(model, layer_decay=0.5)
+        for n, f in (
+            (n, group["lr_scale"]) for n, p in model.named_parameters() if any(p is q for q in group["params"])
+        )
+    }
+    groups = pom_param_groups(both, layer_decay=0.5)
+    found = {groups.plan.names[p]: group.get("lr_factor", 1.0) for group in groups for p in group["params"]}
+    assert found == pytest.approx(alone)
+    assert found["a.fc.weight"] == found["b.fc.weight"] == 1
+
+
+def test_a_tied_weight_is_found_by_each_of_its_names():
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    net["b"].weight = net["a"].weight
+    assert constrained(net, include=["b.weight"]) == {"a.weight"}
+    assert constrained(net, include=["a.weight"]) == {"a.weight"}

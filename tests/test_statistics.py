@@ -82,3 +82,19 @@ def test_nothing_is_read_back_to_the_host_while_updating():
     metric = FeatureStd(3).to("meta")
     metric.update(torch.randn(4, 3, 5, 5, device="meta"))
     assert metric.moments.device.type == "meta"
+
+
+def test_one_vector_is_a_batch_of_one_and_images_may_be_bytes():
+    vectors, images = torch.randn(5, 3), torch.randint(256, (4, 3, 6, 6), dtype=torch.uint8)
+    one, by_bytes = FeatureStd(3), FeatureStd(3)
+    for x in vectors:
+        one.update(x, dim=-1)
+    by_bytes.update(images)
+    torch.testing.assert_close(one.compute(), vectors.double().std(0, correction=0))
+    torch.testing.assert_close(by_bytes.compute(), images.double().transpose(0, 1).flatten(1).std(1, correction=0))
+
+
+@pytest.mark.parametrize("pools", [0, 4])
+def test_pools_that_do_not_divide_the_channels_are_refused(pools):
+    with pytest.raises(ValueError, match=f"pools: {pools} does not divide 6 channels"):
+        FeatureStd(6, pools)

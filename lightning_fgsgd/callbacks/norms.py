@@ -33,7 +33,8 @@ class NormBoundMonitor(Callback):
     (``table2_spectral``, ..., where the table has one), the largest norms of its concatenated groups ω_g
     (``group_spectral``, ...), the largest geometric means of the components' norms (``mean_spectral``, ..., Remark 1), and
     the shares of components and groups that meet Proposition 1, Remark 1 and the Bai-Yin law
-    (:meth:`~lightning_fgsgd.bounds.LayerNorms.checks`; γ in the Xavier reading, the stricter one).
+    (:meth:`~lightning_fgsgd.bounds.LayerNorms.checks`; γ in the Xavier reading, the stricter one unless a layer puts out
+    fewer pixels than its kernel has).
 
     For the network: the smallest of these shares, the logarithms of the three bounds of Table 1, and of the same bounds
     before the weights were put onto their manifolds. In the bounds a Linear layer or convolution that is not constrained is
@@ -154,14 +155,16 @@ class NormBoundMonitor(Callback):
 
     def _bounds(self, trainer: Trainer, pl_module: LightningModule, constrained: list[Norms]) -> dict[str, float]:
         """Table 1 for the whole network, by name, given the norms of the groups of its constrained layers."""
-        layers, width = list(constrained), 1
-        seen = {p for optimizer in trainer.optimizers if isinstance(optimizer, FGSGD) for p in optimizer.poms}
+        layers = list(constrained)
+        poms = {p: pom for o in trainer.optimizers if isinstance(o, FGSGD) for p, pom in o.poms.items()}
+        seen = set(poms)
+        width = max((max(pom.layer.in_channels, pom.layer.out_channels) for pom in poms.values()), default=1)
         for module in pl_module.modules():
             cutting = cutting_of(module, "filter")
-            if cutting is None or normalizes_weight(module):
+            weight: Any = getattr(module, "weight", None)
+            if cutting is None or normalizes_weight(module) or not weight.is_floating_point():  # quantised, say
                 continue
             width = max(width, cutting.in_channels, cutting.out_channels)
-            weight: Any = module.weight
             if weight not in seen:
                 seen.add(weight)
                 components = cutting.cut(working(whole_of(weight)))

@@ -185,12 +185,10 @@ class FeatureStdRescaling(Callback):
         def update(weight: Tensor, features: Tensor, dim: int) -> None:
             self._metrics[names[weight]].update(features, dim=dim)
 
-        def output(weight: Tensor, features: Tensor) -> None:
-            spatial = len(poms[weight].layer.kernel)
-            pixels = features.shape[-spatial:].numel() if spatial else features.shape[1:-1].numel()
-            self._feature_map[names[weight]] = pixels
+        def pixels(weight: Tensor, count: int) -> None:
+            self._feature_map[names[weight]] = count
 
-        self._reader = FeatureReader(pl_module, poms, update, output)
+        self._reader = FeatureReader(pl_module, poms, update, pixels)
 
     def _read(self, whether: bool) -> None:
         if self._reader is not None:
@@ -287,6 +285,11 @@ class FeatureStdRescaling(Callback):
                 if pom.start == "preserve":
                     first = self._first[name].to(std)[reads]
                     new = scaling.preserved_radius(first, std, pom.radius, self.limit)
+                elif self.gamma == "literal" and name not in self._feature_map:
+                    self._say(
+                        name, f"what {name} puts out was not seen, which gamma='literal' needs; its R stays as it is"
+                    )
+                    continue
                 else:
                     size = scaling.gamma(pom.layer, self.gamma, self._feature_map.get(name))
                     new = scaling.radius(size, std, self.clamp)

@@ -151,8 +151,8 @@ def working(weight: Tensor) -> Tensor:
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
-    """The precision of the geometry: float32 for half precision, the weight's own otherwise."""
-    return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    """The precision of the geometry: float32 for half precision and less, the weight's own otherwise."""
+    return torch.float32 if weight.is_floating_point() and weight.dtype.itemsize < 4 else weight.dtype
 
 
 def norm(v: Tensor, dims: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_fgsgd import FGSGD, FeatureStdRescaling, NormBoundMonitor, POMGrouping
 from lightning_fgsgd.bounds import CHECKS, Norms, layer_norms, table1
+from lightning_fgsgd.callbacks import norms as norms_callback
 from lightning_fgsgd.norms import group_norms
 from lightning_fgsgd.scaling import gamma
 from tests.lit import LitBase, LitTiny, loader, trainer
@@ -77,6 +78,29 @@ def test_the_bounds_are_those_of_the_whole_network_now_and_before_its_weights_we
         assert monitor.start[name] == pytest.approx(first[name], rel=1e-4)
         same = monitor.history[0]["network"][name] == pytest.approx(first[name], rel=1e-4)
         assert same == (start == "preserve")  # preserve moves nothing, so the first look is at the start
+
+
+class Odd(LitTiny):
+    """A recurrent layer wider than all the rest, and a frozen Linear layer in eight bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = torch.nn.LSTM(16, 64)
+        self.quantised = torch.nn.Linear(8, 8, bias=False)
+        numbers = torch.randint(-127, 127, (8, 8), dtype=torch.int8)
+        self.quantised.weight = torch.nn.Parameter(numbers, requires_grad=False)
+
+
+def test_the_width_is_that_of_recurrent_layers_too_and_quantised_weights_are_passed_over(tmp_path, monkeypatch):
+    widths = []
+
+    def spy(norms, samples, width):
+        widths.append(width)
+        return table1(norms, samples, width)
+
+    monkeypatch.setattr(norms_callback, "table1", spy)
+    trainer(tmp_path, POMGrouping(), NormBoundMonitor(), max_epochs=1).fit(Odd(), loader())
+    assert set(widths) == {256}  # of the four gates
 
 
 def test_the_bounds_fall_below_those_of_the_start_once_the_weights_are_at_gamma_over_lambda(tmp_path):

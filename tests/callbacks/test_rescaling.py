@@ -11,7 +11,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lightning_fgsgd import FGSGD, FeatureStd, FeatureStdRescaling, NormBoundMonitor, POMGrouping, pom_param_groups
+from lightning_fgsgd import (
+    FGSGD,
+    FeatureStd,
+    FeatureStdRescaling,
+    FGSGDMixin,
+    NormBoundMonitor,
+    POMGrouping,
+    pom_param_groups,
+)
 from lightning_fgsgd.scaling import gamma
 from tests.conftest import TinyNet
 from tests.lit import LitBase, LitTiny, loader, trainer
@@ -59,6 +67,39 @@ def test_gamma_read_literally_has_the_size_of_the_output_feature_map_from_the_ho
     linear = fit.optimizers[0].poms[module.model.linear.weight]
     lam = rescaling.history[0]["layers"]["model.linear"]["std"]
     torch.testing.assert_close(linear.radius, torch.full_like(linear.radius, (4 + 9) ** -0.5 / lam), rtol=1e-4, atol=0)
+
+
+class Sequences(FGSGDMixin, LightningModule):
+    """Layers whose output no hook of a Linear layer sees, and a Linear layer that is called on one vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.lstm = torch.nn.LSTM(16, 16, batch_first=True)
+        self.vector = torch.nn.Parameter(torch.randn(16))
+        self.condition = torch.nn.Linear(16, 16)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)[:, :144].reshape(-1, 9, 16)
+        x = self.lstm(input=self.attention(x, x, x)[0])[0] * self.condition(self.vector)
+        return x.square().mean()
+
+
+def test_gamma_read_literally_is_had_wherever_features_are_read(tmp_path):
+    fit = trainer(
+        tmp_path, POMGrouping(start="project"), FeatureStdRescaling("literal", every_n_batches=1), max_epochs=2
+    )
+    module = Sequences()
+    fit.fit(module, loader())
+    poms = fit.optimizers[0].poms
+    for weight, outputs, tokens in (
+        (module.attention.in_proj_weight, 48, 9),
+        (module.lstm.weight_ih_l0, 64, 9),
+        (module.condition.weight, 16, 1),
+    ):
+        largest = (16 + outputs * tokens) ** -0.5  # at λ = 1, to which it is raised
+        assert poms[weight].radius.max() <= largest * 1.0001
+        assert poms[weight].radius.max() > 0.2 * largest
 
 
 def test_a_block_has_one_lambda_over_its_fan_in(tmp_path):
