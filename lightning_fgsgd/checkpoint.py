@@ -16,8 +16,9 @@ from torch import Tensor
 from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.grouping import pack, unpack
 from lightning_fgsgd.manifolds import working
+from lightning_fgsgd.plan import POMPlan
 from lightning_fgsgd.pom import POM
-from lightning_fgsgd.sharding import collect, local, split_like
+from lightning_fgsgd.sharding import collect, local, shard_of, split_like, whole_of
 
 __all__ = ["match", "restore_momentum", "save", "take_apart", "whole"]
 
@@ -73,8 +74,12 @@ def take_apart(
     ]
 
 
-def match(states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[Tensor, POM]) -> dict[Tensor, POM]:
+def match(
+    states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[Tensor, POM], plan: POMPlan
+) -> dict[Tensor, POM]:
     """The POMs of some parameters from what :func:`save` gave for each of them, to take the place of ``poms``.
+
+    Weights that are frozen here, and were not when they were saved, have none yet, but a place in ``plan``.
 
     Raises:
         ValueError: a state belongs to another weight or cutting, or another version of this package wrote it; or a
@@ -83,6 +88,10 @@ def match(states: Iterable[tuple[Tensor, dict[str, Any] | None]], poms: Mapping[
     found, names = {}, {pom.name for pom in poms.values()}
     for p, state in states:
         mine = poms.get(p)
+        if state is not None and mine is None and p in plan.weights:
+            planned = plan.weights[p]
+            shard = shard_of(p, planned.cutting, planned.scheme)
+            mine = POM.place(planned, whole_of(p).clone()).part(shard)
         if state is None:
             if mine is not None:
                 raise ValueError(f"state_dict: {mine.name} is constrained here but was not when it was saved")

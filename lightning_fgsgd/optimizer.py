@@ -105,6 +105,7 @@ class FGSGD(torch.optim.Optimizer):
         # weight as its own model state left it, not as a start that was drawn in between.
         self._unplaced: dict[Tensor, tuple[int, Tensor]] = {}
         self._plan = POMPlan()
+        self._waits = False  # whether frozen weights are held that are to be placed once they are not
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
         given = params if isinstance(params, Tensor) else list(params)  # a Tensor is torch's to refuse
@@ -123,8 +124,8 @@ class FGSGD(torch.optim.Optimizer):
     def constrain(self, plan: POMPlan) -> None:
         """Put the weights that ``plan`` and this optimizer share onto their manifolds. Called once.
 
-        Weights of the plan that the optimizer does not hold (frozen ones) are constrained when ``add_param_group``
-        brings them.
+        Weights of the plan that the optimizer does not hold are constrained when ``add_param_group`` brings them, those that
+        are frozen when they are not any more, in the next step. Nothing is moved before.
 
         Raises:
             ValueError: there are products of manifolds already, or the plan shares no weight with the optimizer.
@@ -160,8 +161,11 @@ class FGSGD(torch.optim.Optimizer):
     def _place(self, groups: list[dict[str, Any]]) -> None:
         """Put the weights of these groups that the plan knows onto their manifolds; none where one has no place there."""
         zero = {}
-        of_groups = {p: group for group in groups for p in group["params"] if p not in self._poms}
-        new = [(p, group, self._plan.weights[p]) for p, group in of_groups.items() if p in self._plan.weights]
+        held = {
+            p: group for group in groups for p in group["params"] if p in self._plan.weights and p not in self._poms
+        }
+        new = [(p, group, self._plan.weights[p]) for p, group in held.items() if p.requires_grad]
+        self._waits |= len(new) < len(held)
         for p, _, planned in new:
             planned.check(whole_of(p))
         for p, group, planned in new:
@@ -271,7 +275,8 @@ class FGSGD(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        updates = self._updates()
+        left_out = self._place_unfrozen() if self._waits else set()
+        updates = self._updates(left_out)
         self._check(updates)
         sums, finite = finite_sums(updates)
         shares = shares_of_all(updates, sums, finite)
@@ -294,20 +299,28 @@ class FGSGD(torch.optim.Optimizer):
             if update.group["lr"] != 0:
                 self._versions[update.weight] = version(update.weight)
         for group in self.param_groups:
-            self._step_free([p for p in group["params"] if p.grad is not None and self._is_free(p, group)], group)
+            free = [p for p in group["params"] if p.grad is not None and p not in left_out and self._is_free(p, group)]
+            self._step_free(free, group)
 
     def _is_free(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether torch's own SGD is all that a parameter needs."""
         pom = self._poms.get(p)
         return pom is None or (not pom.constrains and group["rho"] is None)
 
-    def _updates(self) -> list[Update]:
-        """The constrained weights that have a gradient. Stray ones are brought back first."""
+    def _place_unfrozen(self) -> set[Tensor]:
+        """Place the weights that were frozen until now; those that this moved, whose gradient is of where they were."""
+        before = set(self._poms)
+        self._waits = False
+        self._place(self.param_groups)
+        return {p for p, pom in self._poms.items() if p not in before and pom.start != "preserve"}
+
+    def _updates(self, left_out: set[Tensor]) -> list[Update]:
+        """The constrained weights that have a gradient, but for those that were placed after it was taken."""
         found = [
             (p, group)
             for group in self.param_groups
             for p in group["params"]
-            if p.grad is not None and not self._is_free(p, group)
+            if p.grad is not None and p not in left_out and not self._is_free(p, group)
         ]
         if not found:
             return []
@@ -389,7 +402,7 @@ class FGSGD(torch.optim.Optimizer):
             ValueError: the state belongs to other weights, cuttings or constraints than this optimizer's.
         """
         saved, pairs = checkpoint.take_apart(state_dict, self.param_groups, constrained=bool(self._poms))
-        poms = checkpoint.match(pairs, self._poms)
+        poms = checkpoint.match(pairs, self._poms, self._plan)
         replaced = [pom.name for p, pom in poms.items() if p in self._poms and not pom.same_constraints(self._poms[p])]
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
         super().load_state_dict({**state_dict, "param_groups": saved})
@@ -408,4 +421,11 @@ class FGSGD(torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_poms": self._poms, "_plan": self._plan, "_unplaced": {}, "_versions": {}}
+        return {
+            **super().__getstate__(),
+            "_poms": self._poms,
+            "_plan": self._plan,
+            "_waits": self._waits,
+            "_unplaced": {},
+            "_versions": {},
+        }

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fgsgd import FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping, export_timm
+from lightning_fgsgd import FGSGD, FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping, export_timm
 from tests.lit import trainer
 
 
@@ -44,9 +44,17 @@ def on_manifolds(optimizer):
     return max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
 
 
+class LitOwn(LitTimm):
+    """The optimizer made by hand, of all parameters: POMGrouping constrains it."""
+
+    def configure_optimizers(self):
+        return FGSGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("lit", [LitTimm, LitOwn])
 @pytest.mark.parametrize("start", ["preserve", "project", "random"])
-def test_frozen_weights_stay_as_they_are_bit_for_bit(tmp_path, start):
-    module = LitTimm()
+def test_frozen_weights_stay_as_they_are_bit_for_bit(tmp_path, start, lit):
+    module = lit()
     for name, p in module.named_parameters():
         p.requires_grad = "layer1" not in name
     before = snapshot(module)

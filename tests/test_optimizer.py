@@ -420,6 +420,52 @@ def test_an_unfrozen_weight_is_constrained_by_the_plan(tiny):
     assert optimizer.pom(tiny.conv.weight).components.shape == (24, 3, 3)
 
 
+@pytest.mark.parametrize("start", ["preserve", "project"])
+def test_a_weight_that_is_unfrozen_where_it_is_held_is_placed_in_the_next_step(tiny, start):
+    tiny.conv.weight.requires_grad_(False)
+    before = tiny.conv.weight.detach().clone()
+    optimizer = FGSGD(tiny.parameters(), lr=0.1, momentum=0.9)
+    optimizer.constrain(pom_param_groups(tiny, start=start).plan)
+    for p in tiny.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizer.step()
+    assert torch.equal(tiny.conv.weight, before)
+    assert optimizer.pom(tiny.conv.weight) is None
+    tiny.conv.weight.requires_grad_(True)
+    step_n(tiny, optimizer, 1, seed=5)
+    placed = tiny.conv.weight.detach().clone()
+    assert optimizer.distance(tiny.conv.weight) < 1e-5
+    if start == "project":  # its gradient was of where it had been, so placing it is all that was done
+        expected = copy.deepcopy(tiny)
+        expected.conv.weight.data.copy_(before)
+        FGSGD(pom_param_groups(expected, start=start), lr=0.1)
+        torch.testing.assert_close(placed, expected.conv.weight.detach())
+    assert not torch.equal(placed, before)
+    step_n(tiny, optimizer, 1, seed=6)
+    assert not torch.equal(tiny.conv.weight, placed)
+    assert optimizer.distance(tiny.conv.weight) < 1e-5
+
+
+def test_a_state_is_loaded_where_a_weight_is_still_frozen_that_was_not_when_it_was_saved(tiny):
+    def optimizer_of(model, seed):
+        optimizer = FGSGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.constrain(pom_param_groups(model, seed=seed).plan)
+        return optimizer
+
+    optimizer = optimizer_of(tiny, seed=3)
+    step_n(tiny, optimizer, 2, seed=0)
+    fresh = copy.deepcopy(tiny)
+    fresh.conv.weight.requires_grad_(False)
+    resumed = optimizer_of(fresh, seed=4)
+    with pytest.warns(UserWarning, match="are those of the checkpoint"):
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fresh.conv.weight.requires_grad_(True)
+    assert torch.equal(resumed.pom(fresh.conv.weight).group, optimizer.pom(tiny.conv.weight).group)
+    for model, its in ((tiny, optimizer), (fresh, resumed)):
+        step_n(model, its, 2, seed=7)
+    torch.testing.assert_close(dict(fresh.named_parameters()), dict(tiny.named_parameters()))
+
+
 def test_groups_of_several_models_and_of_ones_own_are_put_together_in_a_list(tiny):
     other, head = net(torch.float32), nn.Linear(4, 2)
     groups = [
