@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_fgsgd import FGSGD, pom_param_groups
-from lightning_fgsgd.bounds import Norms, bai_yin, layer_norms, table1, table2
+from lightning_fgsgd.bounds import LayerNorms, Norms, bai_yin, layer_norms, table1, table2
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.norms import component_norms, group_norms
 from lightning_fgsgd.scaling import gamma
@@ -132,3 +132,11 @@ def test_table_1_stays_finite_where_the_products_overflow():
 def test_the_bounds_of_a_network_with_a_layer_of_zeros_are_zero():
     layers = [Norms(*(torch.ones(2) for _ in range(3))), Norms(*(torch.tensor([0.0, 1.0]) for _ in range(3)))]
     assert table1(layers, samples=1, width=1) == (-math.inf,) * 3
+
+
+def test_the_share_of_remark_1_is_of_all_groups():
+    # A group below the mean in one norm alone does not meet Remark 1.
+    one = torch.ones(2)
+    norms = Norms(one, one, one)
+    groups = Norms(torch.tensor([0.5, 1.0]), one, one)
+    assert LayerNorms(norms, groups, norms, norms, 0.1).checks()["remark1"] == 0.5

@@ -112,3 +112,9 @@ def test_what_a_recurrent_layer_computes_its_weights_from_is_not_cut(name):
     layer = nn.LSTM(4, 3)
     layer.register_parameter(name, nn.Parameter(torch.randn(12, 3)))
     assert (cutting_of(layer, attr=name) is None) == (name != "weight_hh")
+
+
+def test_a_projection_of_an_lstm_has_blocks_of_its_own_size():
+    lstm = nn.LSTM(12, 16, proj_size=6)
+    cut = cutting_of(lstm, block_size=16, attr="weight_hr_l0")
+    assert (cut.n, cut.p) == (16, 6)

@@ -280,3 +280,18 @@ def test_what_is_called_in_vmap_is_left_alone():
             return torch.func.vmap(self.layer)(x)
 
     assert read(Net(), torch.randn(6, 4)) == {}
+
+
+def test_compiled_code_runs_again_once_reading_is_over():
+    model, compiled = nn.Linear(4, 4), []
+    poms = FGSGD(pom_param_groups(model), lr=0.1).poms
+    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None)
+    reader.start()
+    reader.close()
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert len(compiled) == 1

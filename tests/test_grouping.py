@@ -110,3 +110,25 @@ def test_the_remainder_is_drawn_too():
         Counter(draw(layer, "pio", seed=seed)[1].manifold.tolist()).most_common(1)[0][0] for seed in range(600)
     )
     assert chisquare([most[i] for i in range(3)]).pvalue > 1e-3
+
+
+def test_more_groups_than_a_byte_counts_are_told_apart():
+    layer = nn.Conv2d(1, 257, 3)
+    sets = draw_index_sets(cutting_of(layer), "pio", ("sphere",), "each", generator=torch.Generator().manual_seed(0))
+    assert sorted(sets.group.tolist()) == list(range(257))
+
+
+def test_which_manifold_a_group_has_least_of_is_drawn():
+    # Five components of a group on three manifolds: which one gets but one is drawn, group by group.
+    least = set()
+    for seed in range(20):
+        sets = draw_index_sets(
+            cutting_of(nn.Conv2d(2, 5, 3)),
+            "pio",
+            ("sphere", "oblique", "stiefel"),
+            2,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for g in (0, 1):
+            least.add(int(sets.manifold[sets.group == g].bincount(minlength=3).argmin()))
+    assert least == {0, 1, 2}

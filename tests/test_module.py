@@ -84,3 +84,25 @@ def test_the_callback_constrains_an_optimizer_made_without_the_mixin(tmp_path):
     fit.fit(Own(), loader())
     assert len(fit.optimizers[0].poms) == 6
     assert max(fit.optimizers[0].distance(p) for p in fit.optimizers[0].poms) < 1e-5
+
+
+def test_every_option_is_read():
+    options = {
+        "lr": 0.3,
+        "momentum": 0.7,
+        "dampening": 0.1,
+        "weight_decay": 0.2,
+        "maximize": True,
+        "rho": 2.0,
+        "metric": "unit",
+        "fused": False,
+    }
+
+    class Own(LitTiny):
+        def __init__(self, **options):
+            super().__init__()
+            self.save_hyperparameters()
+
+    for given in (options, {"momentum": 0.5, "nesterov": True}):
+        group = Own(**given).configure_optimizers().param_groups[0]
+        assert {name: group[name] for name in given} == given

@@ -934,3 +934,94 @@ def test_torchs_distributed_checkpoint_api_loads_a_state_after_the_weights(tiny)
         assert torch.equal(optimizer.state[p]["momentum_buffer"], fresh.state[q]["momentum_buffer"])
         assert fresh.distance(q) < 1e-5
         assert (optimizer.pom(p) is None) or torch.equal(optimizer.pom(p).radius, fresh.pom(q).radius)
+
+
+def test_momentum_of_plain_sgd_is_taken_over_in_the_metric():
+    # In coordinates √m · q: a buffer of SGD goes on at about the speed that it had.
+    layer = nn.Conv2d(4, 6, 3, bias=False).double()
+    optimizer = FGSGD(layer.parameters(), lr=0.1, momentum=0.9)
+    velocity = torch.randn_like(layer.weight)
+    optimizer.state[layer.weight]["momentum_buffer"] = velocity.clone()
+    optimizer.constrain(pom_param_groups(layer, manifolds=["sphere"]).plan)
+    r = layer.weight.detach().flatten(2).norm(dim=2)[..., None, None]
+    q = layer.weight.detach() / r
+    expected = (velocity - q * (q * velocity).sum((2, 3), keepdim=True)) * r / r.square().mean().sqrt()
+    torch.testing.assert_close(optimizer.state[layer.weight]["momentum_buffer"], expected)
+
+
+def test_curvatures_follow_a_rescale():
+    layer = nn.Conv2d(4, 6, 3)
+    optimizer = FGSGD(pom_param_groups(layer, start="project"), lr=0.1, metric="embedded")
+    (pom,) = optimizer.poms.values()
+    before = pom.curvatures("embedded").clone()
+    optimizer.rescale(layer.weight, torch.full((24,), 0.5))
+    torch.testing.assert_close(pom.curvatures("embedded"), 4 * before)
+
+
+def test_euclidean_components_are_not_rescaled():
+    layer = nn.Conv2d(4, 6, 3)
+    optimizer = FGSGD(pom_param_groups(layer, manifolds=["sphere", "euclidean"]), lr=0.1)
+    before = optimizer.pom(layer.weight)
+    optimizer.rescale(layer.weight, torch.full((24,), 2.0))
+    after, free = optimizer.pom(layer.weight), before.manifold == 1
+    assert torch.equal(after.components[free], before.components[free])
+    assert torch.equal(after.radius, torch.where(free, 1.0, 2.0))
+
+
+def test_a_layer_of_zeros_can_be_projected_and_stepped():
+    layer = nn.Linear(8, 8, bias=False)
+    nn.init.zeros_(layer.weight)
+    optimizer = FGSGD(pom_param_groups(layer, start="project", exclude=()), lr=0.1)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.randn(8, 8)
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    assert optimizer.distance(layer.weight) < 1e-5
+
+
+def test_euclidean_components_in_a_pom_maximise_and_decay_as_sgd_does():
+    def stepped(make):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4, bias=False).double()
+        optimizer = make(layer)
+        for _ in range(3):
+            layer.weight.grad = 1e-3 * torch.randn_like(layer.weight)  # so small that 𝔤 is 1
+            optimizer.step()
+        return layer.weight
+
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "maximize": True}
+    ours = stepped(lambda x: FGSGD(pom_param_groups(x, manifolds=["euclidean"], exclude=()), **options))
+    torch.testing.assert_close(ours, stepped(lambda x: torch.optim.SGD(x.parameters(), **options)))
+
+
+def test_a_later_groups_options_are_checked_too(tiny):
+    tiny.conv.weight.requires_grad_(False)
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    with pytest.raises(ValueError, match="rho: -1"):
+        optimizer.add_param_group({"params": [tiny.conv.weight], "rho": -1.0})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_weight_that_others_changed_is_noticed_after_a_rescale_too(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny, manifolds=["sphere"]), lr=0.1)
+    with torch.no_grad():
+        tiny.conv.weight.add_(0.3 * torch.randn_like(tiny.conv.weight))
+    optimizer.rescale(tiny.conv.weight, torch.full((24,), 2.0))
+    for p in tiny.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.warns(UserWarning, match="1 constrained weights were changed by others"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_radius_that_is_not_finite_is_refused(tiny, bad):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.1)
+    with pytest.raises(ValueError, match="needs 24 positive numbers"):
+        optimizer.rescale(tiny.conv.weight, torch.full((24,), bad))
+
+
+def test_a_lost_plan_is_said_once(tiny, recwarn):
+    groups = [dict(g) for g in pom_param_groups(tiny, no_weight_decay=["conv.weight"])]
+    assert sum(g["name"].startswith("pom") for g in groups) == 2
+    FGSGD(groups, lr=0.1)
+    assert sum("has lost the plan" in str(w.message) for w in recwarn) == 1

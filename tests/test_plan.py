@@ -130,3 +130,7 @@ def test_a_default_device_changes_neither_the_draws_nor_where_weights_are_placed
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a.group, b.group)
         assert torch.equal(a.manifold, b.manifold)
+
+
+def test_the_heads_weight_is_constrained_where_it_is_named(tiny):
+    assert tiny.head.weight in pom_param_groups(tiny, include=["head.weight"]).plan.weights

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_fgsgd.schedules import RobbinsMonroLR, check_step_sizes
@@ -84,3 +85,20 @@ def test_the_check_says_whether_and_why(make, satisfied, reason):
 def test_wrong_arguments_are_named(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: "):
         RobbinsMonroLR(sgd(), **options)
+
+
+def test_one_group_whose_rate_does_not_fall_to_0_is_enough():
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [p]} for p in params], lr=0.5)
+    result = check_step_sizes(lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=[0.0, 0.1]))
+    assert result.satisfied is False
+    assert "min_lr=0.1" in result.reason
+
+
+def test_a_resumed_schedule_has_its_own_settings():
+    def make(**options):
+        return RobbinsMonroLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5), **options)
+
+    saved, other = make(tau=5, kappa=0.75, warmup=2), make()
+    other.load_state_dict(saved.state_dict())
+    assert [other._factor(t) for t in range(9)] == [saved._factor(t) for t in range(9)]

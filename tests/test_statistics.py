@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fgsgd import FeatureStd
+from lightning_fgsgd.statistics import merge_moments, own_part
 
 
 @settings(deadline=None, max_examples=30)
@@ -98,3 +99,9 @@ def test_one_vector_is_a_batch_of_one_and_images_may_be_bytes():
 def test_pools_that_do_not_divide_the_channels_are_refused(pools):
     with pytest.raises(ValueError, match=f"pools: {pools} does not divide 6 channels"):
         FeatureStd(6, pools)
+
+
+def test_one_process_goes_on_with_the_moments_of_all():
+    moments = torch.stack([torch.tensor([[n], [m], [s]], dtype=torch.float64) for n, m, s in ((2, 1, 3), (6, 5, 7))])
+    assert torch.equal(own_part(moments), merge_moments(moments))
+    assert torch.equal(own_part(moments[:1]), moments[0])

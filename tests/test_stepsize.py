@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lightning_fgsgd import FGSGD, pom_param_groups
+from lightning_fgsgd.average import distance_to_average
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.stepsize import step_normalizer
 
@@ -110,3 +111,42 @@ def test_the_estimate_of_rho_survives_a_checkpoint(tmp_path):
     torch.save(run(range(3)), tmp_path / "half.pt")
     resumed, _ = run(range(3, 6), torch.load(tmp_path / "half.pt", weights_only=True))
     assert torch.equal(resumed["weight"], run(range(6))[0]["weight"])
+
+
+def test_the_average_is_of_unit_points():
+    # R and metric="start": the estimate does not change when R does.
+    def moved(radius):
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 4, 3, bias=False).double()
+        optimizer = FGSGD(pom_param_groups(model, start="project"), lr=0.3, rho="average")
+        optimizer.rescale(model.weight, torch.full((12,), radius, dtype=torch.float64))
+        for _ in range(4):
+            model.weight.grad = torch.randn_like(model.weight) / radius
+            optimizer.step()
+        return model.weight.detach() / radius
+
+    torch.testing.assert_close(moved(0.5), moved(1.0))
+
+
+def test_the_average_is_over_a_hundred_steps():
+    # After 100 steps the average follows with a share of 1/100 and no less.
+    model = nn.Linear(4, 4, bias=False).double()
+    optimizer = FGSGD(pom_param_groups(model, manifolds=["euclidean"]), lr=0.1)
+    (pom,) = optimizer.poms.values()
+    average = torch.zeros_like(model.weight)
+    distance_to_average(pom, model.weight.detach() + 1, average, 1000, "unit")
+    torch.testing.assert_close(average, (model.weight.detach() + 1) / 100)
+
+
+def test_euclidean_components_have_a_share_in_the_distance_to_the_average():
+    # With components on the Euclidean manifold: their distance is that of the space, and their average moves too.
+    layer = nn.Conv2d(1, 4, 3, bias=False).double()
+    optimizer = FGSGD(pom_param_groups(layer, manifolds=["euclidean", "sphere"], groups=1), lr=0.1)
+    (pom,) = optimizer.poms.values()
+    free = (pom.sets.manifold == 0).nonzero()[:, 0]
+    weight, average = layer.weight.detach().clone(), torch.zeros_like(layer.weight)
+    distance_to_average(pom, weight, average, 1, "unit")
+    there = weight.clone()
+    there.view(4, 3, 3)[free] += 1
+    squares = distance_to_average(pom, there, average, 4, "unit")  # a quarter of the way is made up
+    torch.testing.assert_close(squares, torch.full((1,), len(free) * 9 * 0.75**2, dtype=torch.float64))

@@ -49,3 +49,39 @@ def test_the_same_callback_groups_a_second_fit_anew(tmp_path):
         fit = trainer(tmp_path, grouping, max_epochs=1)
         fit.fit(module, loader())
         assert module.model.conv.weight in fit.optimizers[0].poms
+
+
+def test_a_second_fit_constrains_what_the_module_makes_without_the_mixin(tmp_path):
+    class Own(LitBase):
+        def configure_optimizers(self):
+            return FGSGD(self.parameters(), lr=0.1)
+
+    grouping = POMGrouping()
+    for _ in range(2):
+        module = Own()
+        fit = trainer(tmp_path, grouping, max_epochs=1)
+        fit.fit(module, loader(8))
+        assert module.model.conv.weight in fit.optimizers[0].poms
+
+
+def test_layers_that_standardise_their_weight_are_constrained_where_asked_for():
+    import timm
+
+    class Standardised(LitBase):
+        def __init__(self):
+            super().__init__()
+            self.model.conv = timm.layers.StdConv2d(4, 6, 3)
+
+    module = Standardised()
+    names = [w.name for w in POMGrouping(normalized=True).param_groups(module).plan.weights.values()]
+    assert "model.conv.weight" in names
+
+
+def test_its_defaults_are_those_of_pom_param_groups(tiny):
+    # The same defaults wherever they are written.
+    import inspect
+
+    mine = inspect.signature(POMGrouping).parameters
+    for name, parameter in inspect.signature(pom_param_groups).parameters.items():
+        if name != "model":
+            assert mine[name].default == parameter.default, name

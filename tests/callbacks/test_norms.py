@@ -239,3 +239,57 @@ def test_wrong_settings_are_named(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}: {value} is not a whole number of at least 1"):
         NormBoundMonitor(**options)
+
+
+def test_the_bounds_at_the_start_stay_when_the_same_trainer_goes_on(tmp_path):
+    # The same Trainer goes on, without a checkpoint: it is a new fit, of an optimizer that has just placed the weights.
+    monitor, module = NormBoundMonitor(), LitTiny()
+    fit = trainer(tmp_path, monitor, POMGrouping(start="project"), max_epochs=1)
+    fit.fit(module, loader(8))
+    fit.fit_loop.max_epochs = 2
+    fit.fit(module, loader(8))
+    assert set(monitor.start) == {"neyshabur2015", "bartlett2017", "neyshabur2018"}
+
+
+def test_layers_that_standardise_their_weight_do_not_count_in_the_bounds(tmp_path):
+    import timm
+
+    class Standardised(LitTiny):
+        def __init__(self):
+            super().__init__()
+            self.model.conv = timm.layers.StdConv2d(4, 6, 3, padding=1)
+
+    monitor, module = NormBoundMonitor(), Standardised()
+    trainer(tmp_path, monitor, max_epochs=1).fit(module, loader(8))
+    found = monitor._bounds(module.trainer, module, [n.groups for n in monitor.latest.values()])
+    module.model.conv.weight.data *= 10  # changes nothing of what the layer computes
+    assert monitor._bounds(module.trainer, module, [n.groups for n in monitor.latest.values()]) == found
+
+
+def test_the_width_is_that_of_a_wide_head(tmp_path, monkeypatch):
+    from lightning_fgsgd.bounds import table1
+    from lightning_fgsgd.callbacks import norms as norms_callback
+
+    class Wide(LitTiny):
+        def __init__(self):
+            super().__init__()
+            self.model.head = torch.nn.Linear(9, 300)
+
+    widths = []
+    monkeypatch.setattr(norms_callback, "table1", lambda n, s, width: widths.append(width) or table1(n, s, width))
+    trainer(tmp_path, NormBoundMonitor(), max_epochs=1).fit(Wide(), loader(8))
+    assert set(widths) == {300}
+
+
+@pytest.mark.parametrize("make", [lambda: FeatureStdRescaling(), lambda: NormBoundMonitor()])
+def test_its_history_is_left_alone_by_a_test_run(tmp_path, make):
+    class Tested(LitTiny):
+        def test_step(self, batch, batch_idx):
+            pass
+
+    callback, module = make(), Tested()
+    fit = trainer(tmp_path, callback, max_epochs=1)
+    fit.fit(module, loader(8))
+    history = list(callback.history)
+    fit.test(module, loader(8), verbose=False)
+    assert callback.history == history != []

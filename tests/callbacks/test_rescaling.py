@@ -449,3 +449,77 @@ def test_lambda_of_every_nth_batch_is_as_near_to_that_of_all_as_is_stated(every)
     pairs = zip(found[every].values(), found[1].values(), strict=True)
     errors = torch.cat([(some.compute() / full.compute() - 1).abs() for some, full in pairs])
     assert errors.quantile(0.95) <= 0.5 / (64 * len(batches[::every])) ** 0.5
+
+
+def test_checkpointed_blocks_are_read_once(tmp_path):
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(LitTiny):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(checkpoint(self.model, batch[0], use_reentrant=False), batch[1])
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            counts.append(rescaling._metrics["model.conv"].moments[0, 0].item())
+
+    counts, rescaling = [], FeatureStdRescaling(every_n_batches=1)
+    trainer(tmp_path, rescaling, max_epochs=1).fit(Checkpointed(), loader(16))
+    assert counts[-1] == 16 * 36  # images, pixels: not once more when they are run again in the backward pass
+
+
+def test_gamma_read_literally_is_resumed_between_epochs(tmp_path):
+    def run(max_epochs, ckpt_path=None):
+        torch.manual_seed(7)
+        checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        callbacks = POMGrouping(start="project"), FeatureStdRescaling("literal", every_n_batches=1), checkpoint
+        fit = trainer(tmp_path, *callbacks, max_epochs=max_epochs, enable_checkpointing=True)
+        module = LitTiny()
+        fit.fit(module, loader(), ckpt_path=ckpt_path)
+        return fit.optimizers[0].pom(module.model.conv.weight).radius
+
+    whole = run(2)
+    assert torch.equal(run(2, tmp_path / "epoch=0.ckpt"), whole)
+
+
+def test_blocks_of_a_grouped_convolution_have_the_lambda_of_their_group(tmp_path):
+    class Spy(LitTiny):
+        def __init__(self):
+            super().__init__(lr=0.0)
+            self.model.grouped.register_forward_hook(lambda m, x, y: seen.append(x[0].detach().clone()))
+
+    seen = []
+    rescaling = FeatureStdRescaling(every_n_batches=1, clamp=False)
+    fit = trainer(tmp_path, POMGrouping(start="project", cutting="filter", block_size=2), rescaling, max_epochs=2)
+    module = Spy()
+    fit.fit(module, loader())
+    x = torch.cat(seen[:4]).double().transpose(0, 1)
+    lam = torch.stack([x[:3].std(correction=0), x[3:].std(correction=0)])  # of the fan-in of each conv group
+    pom = fit.optimizers[0].poms[module.model.grouped.weight]
+    torch.testing.assert_close(pom.radius, (gamma(pom.cutting) / lam).repeat_interleave(2).float(), rtol=1e-4, atol=0)
+
+
+def test_what_was_said_is_said_again_in_the_next_fit(tmp_path):
+    class Idle(LitTiny):
+        def __init__(self):
+            super().__init__()
+            self.idle = torch.nn.Linear(5, 4)
+
+    rescaling = FeatureStdRescaling()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="the input of idle was not seen"):
+            trainer(tmp_path, rescaling, max_epochs=1).fit(Idle(), loader())
+
+
+def test_a_norm_without_statistics_holds_no_rescale_back(tmp_path):
+    # A norm that never keeps statistics has none that could not follow.
+    class Own(LitTiny):
+        def __init__(self):
+            super().__init__(lr=0.05)
+            self.model.norm = nn.BatchNorm2d(4, track_running_stats=False)
+
+        def on_train_epoch_start(self):
+            self.model.norm.eval()
+
+    fit = trainer(tmp_path, FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    module = Own()
+    fit.fit(module, loader())
+    assert (fit.optimizers[0].pom(module.model.linear.weight).radius != 1).all()
