@@ -47,7 +47,7 @@ def main() -> None:
         arms = {"torch SGD": sgd.step, "FGSGD mix, project": fgsgd(model, True, start="project")}
         found += harness.rows(harness.interleaved(arms, args.rounds, device), "torch SGD", millions=size)
     print(harness.table(found, COLUMNS))
-    for arm in ("torch SGD", "FGSGD mix, project"):
+    for arm in ("torch SGD", "FGSGD mix, project") if len(args.millions) > 1 else ():  # a slope needs two points
         mine = [r for r in found if r["arm"] == arm]
         slope = exponent([r["millions"] for r in mine], [r["ms"] for r in mine])
         print(f"{arm}: exponent {slope:.3f}")

@@ -89,11 +89,12 @@ def kernels(model: nn.Module) -> dict[str, Callable[[], Any]]:
         for p in params:
             p.grad = 1e-3 * torch.randn_like(p)
         arms["geoopt RiemannianSGD, Stiefel"] = geoopt.optim.RiemannianSGD(params, lr=1e-3, momentum=0.9).step
-    arms["parametrizations.orthogonal and SGD"] = _parametrized(weights)
+    for orthogonal_map in ("matrix_exp", "cayley"):  # torch's default for square matrices, and the fastest of the three
+        arms[f"parametrizations.orthogonal ({orthogonal_map}) and SGD"] = _parametrized(weights, orthogonal_map)
     return arms
 
 
-def _parametrized(weights: list[Tensor]) -> Callable[[], Any]:
+def _parametrized(weights: list[Tensor], orthogonal_map: str) -> Callable[[], Any]:
     """Forward and backward of torch's orthogonal parametrization, and a step of SGD."""
 
     class Holder(nn.Module):
@@ -101,10 +102,10 @@ def _parametrized(weights: list[Tensor]) -> Callable[[], Any]:
             super().__init__()
             self.weight = nn.Parameter(w.clone())
 
-    holders = [nn.utils.parametrizations.orthogonal(Holder(w)) for w in weights]
+    holders = [nn.utils.parametrizations.orthogonal(Holder(w), orthogonal_map=orthogonal_map) for w in weights]
     grads = [1e-3 * torch.randn_like(w) for w in weights]
     params = [p for h in holders for p in h.parameters()]
-    optimizer = torch.optim.SGD(params, lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(params, lr=1e-3, momentum=0.9, foreach=True)
 
     def step() -> None:
         optimizer.zero_grad()

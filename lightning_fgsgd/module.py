@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_fgsgd._lightning import rank_zero_warn
 from lightning_fgsgd.callbacks.grouping import POMGrouping
 from lightning_fgsgd.optimizer import FGSGD
 
@@ -70,4 +71,11 @@ class FGSGDMixin:
                 options[name] = getattr(self, name)
             elif name in hparams:
                 options[name] = hparams[name]
+        if "lr" not in options and (
+            isinstance(getattr(self, "learning_rate", None), float) or "learning_rate" in hparams
+        ):
+            rank_zero_warn(
+                f"{type(self).__name__}: FGSGDMixin reads the learning rate from `lr`, and there is only a `learning_rate`; "
+                "without `lr` it is 0.001"
+            )
         return options

@@ -174,7 +174,9 @@ def pom_param_groups(
             "Linear layers and convolutions can be constrained; exclude=() includes the classifier head, "
             "normalized=True the weights that their layers standardise."
         )
-    return POMParamGroups(_parameter_groups(model, plan, layer_decay, euclidean_lr_factor, no_weight_decay), plan)
+    return POMParamGroups(
+        _parameter_groups(unwrapped(model), plan, layer_decay, euclidean_lr_factor, no_weight_decay), plan
+    )
 
 
 def draw_plan(
@@ -188,6 +190,7 @@ def draw_plan(
     **settings: Any,
 ) -> POMPlan:
     """The plan of :func:`pom_param_groups`, with the same arguments; it may be one that constrains nothing."""
+    model = unwrapped(model)
     settings = {**_DEFAULTS, **settings}
     check_choices(**settings, seed=seed)
     names, owners = _parameters(model)
@@ -256,6 +259,12 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a ``DistributedDataParallel`` or ``DataParallel``: names, and so draws, are those without it."""
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    return model.module if wrapped else model  # type: ignore[return-value]
+
+
 def _parameters(model: nn.Module) -> tuple[dict[Tensor, str], dict[Tensor, list[nn.Module]]]:
     """The name of every parameter, once where it is tied, and all the modules that hold it."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
@@ -318,10 +327,7 @@ def _parameter_groups(
     no_weight_decay: bool | Sequence[str],
 ) -> list[dict[str, Any]]:
     """The trainable parameters, split by what their groups must say of them."""
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay: {layer_decay!r} is not in (0, 1]")
-    if euclidean_lr_factor is not None and not 0 < euclidean_lr_factor < math.inf:
-        raise ValueError(f"euclidean_lr_factor: {euclidean_lr_factor!r} is not a positive number")
+    check_splits(layer_decay, euclidean_lr_factor)
     factors = {} if layer_decay is None else layer_decay_factors(model, layer_decay)
     free = _free_of_weight_decay(model, plan, no_weight_decay)
     found: dict[tuple[str, bool, float], list[Tensor]] = {}
@@ -360,6 +366,16 @@ def _free_of_weight_decay(model: nn.Module, plan: POMPlan, which: bool | Sequenc
 def layer_seed(seed: int, name: str) -> int:
     """The seed of one layer's draws."""
     return (seed * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode())) % 2**63
+
+
+def check_splits(layer_decay: Any, euclidean_lr_factor: Any) -> None:
+    numbers = (int, float)
+    if layer_decay is not None and not (isinstance(layer_decay, numbers) and 0 < layer_decay <= 1):
+        raise ValueError(f"layer_decay: {layer_decay!r} is not in (0, 1]")
+    if euclidean_lr_factor is not None and not (
+        isinstance(euclidean_lr_factor, numbers) and 0 < euclidean_lr_factor < math.inf
+    ):
+        raise ValueError(f"euclidean_lr_factor: {euclidean_lr_factor!r} is not a positive number")
 
 
 def check_override(pattern: str, change: Any, settings: dict[str, Any], seed: int) -> None:

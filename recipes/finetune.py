@@ -67,6 +67,7 @@ class FinetuneCLI(LightningCLI):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by all processes: it is sent round
         if not trainer.is_global_zero:
             return
+        weights = export_timm(model, folder / "model.safetensors")  # first: a plot that fails must not cost them
         plots = []
         if self.curve.epochs:
             plots.append(plot_learning_curve(self.curve.epochs, folder / "learning_curve.png"))
@@ -78,7 +79,7 @@ class FinetuneCLI(LightningCLI):
             plots.append(folder / "norms.png")
         files: dict[str, list[Any]] = {
             "checkpoint": [getattr(trainer.checkpoint_callback, "best_model_path", "")],
-            "timm weights": [export_timm(model, folder / "model.safetensors")],
+            "timm weights": [weights],
             "TensorBoard log": [folder],
             "plots": plots,
         }

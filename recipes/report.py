@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,13 @@ def plot_layers(history: list[dict[str, Any]], key: str, label: str, path: Path)
     """A value by layer (from input to output) and epoch, as an image with a logarithmic colour scale."""
     from matplotlib.colors import LogNorm
 
-    layers = [layer for layer in history[0]["layers"] if layer in history[-1]["layers"]]
-    values = [[max(row["layers"][layer][key], 1e-12) for row in history] for layer in layers]
+    layers = list(dict.fromkeys(layer for row in history for layer in row["layers"]))
+    # A layer may not have been seen in an epoch, and its features may not have been finite: such fields stay empty.
+    read = [[row["layers"].get(layer, {}).get(key, math.nan) for row in history] for layer in layers]
+    values = [[max(v, 1e-12) if math.isfinite(v) else math.nan for v in row] for row in read]
     figure, (axis,) = figure_of(1, height=max(3.0, 0.16 * len(layers)))
     first, last = history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5
-    flat = [v for row in values for v in row]
+    flat = [v for row in values for v in row if math.isfinite(v)] or [1.0]
     norm = LogNorm(min(flat), max(max(flat), min(flat) * 1.001))
     extent = (first, last, len(layers) - 0.5, -0.5)
     image = axis.imshow(values, aspect="auto", norm=norm, extent=extent, interpolation="none")

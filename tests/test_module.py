@@ -106,3 +106,18 @@ def test_every_option_is_read():
     for given in (options, {"momentum": 0.5, "nesterov": True}):
         group = Own(**given).configure_optimizers().param_groups[0]
         assert {name: group[name] for name in given} == given
+
+
+@pytest.mark.parametrize("as_hparam", [True, False])
+def test_a_learning_rate_that_is_not_called_lr_is_said_not_to_be_read(as_hparam):
+    class Own(LitTiny):
+        def __init__(self, learning_rate=0.5):
+            super(LitBase, self).__init__()
+            self.model = LitBase().model
+            if as_hparam:
+                self.save_hyperparameters()
+            else:
+                self.learning_rate = learning_rate
+
+    with pytest.warns(UserWarning, match="Own: FGSGDMixin reads the learning rate from `lr`"):
+        assert Own().configure_optimizers().param_groups[0]["lr"] == 0.001

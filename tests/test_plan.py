@@ -134,3 +134,12 @@ def test_a_default_device_changes_neither_the_draws_nor_where_weights_are_placed
 
 def test_the_heads_weight_is_constrained_where_it_is_named(tiny):
     assert tiny.head.weight in pom_param_groups(tiny, include=["head.weight"]).plan.weights
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_names_and_draws_are_those_of_the_model_in_a_wrapper(tiny, wrap):
+    alone, within = pom_param_groups(tiny, layer_decay=None, seed=3), pom_param_groups(wrap(tiny), seed=3)
+    assert within.plan.names == alone.plan.names
+    for p, planned in alone.plan.weights.items():
+        assert torch.equal(within.plan.weights[p].index_sets.manifold, planned.index_sets.manifold)
+        assert torch.equal(within.plan.weights[p].index_sets.slot, planned.index_sets.slot)

@@ -10,7 +10,14 @@ from torch import nn
 from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_fgsgd.describe import describe
 from lightning_fgsgd.optimizer import FGSGD
-from lightning_fgsgd.plan import DEFAULT_MANIFOLDS, POMParamGroups, check_choices, check_override, pom_param_groups
+from lightning_fgsgd.plan import (
+    DEFAULT_MANIFOLDS,
+    POMParamGroups,
+    check_choices,
+    check_override,
+    check_splits,
+    pom_param_groups,
+)
 
 __all__ = ["POMGrouping"]
 
@@ -66,6 +73,10 @@ class POMGrouping(Callback):
         check_choices(**each, seed=seed)
         for pattern, change in (overrides or {}).items():
             check_override(pattern, change, each, seed)
+        check_splits(layer_decay, euclidean_lr_factor)
+        for argument, patterns in (("include", include), ("exclude", exclude), ("no_weight_decay", no_weight_decay)):
+            if isinstance(patterns, str):
+                raise ValueError(f"{argument}: {patterns!r} is one string; give a list of patterns, [{patterns!r}]")
         self.settings: dict[str, Any] = {
             **each,
             "include": include,

@@ -95,8 +95,9 @@ class FeatureStdRescaling(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         if stage == "fit":  # what an earlier fit gathered belongs to other manifolds; a checkpoint is loaded after this
-            for gathered in (self._metrics, self._first, self._last, self._moments, self._feature_map, self.history):
+            for gathered in (self._metrics, self._first, self._last, self._moments, self._feature_map):
                 gathered.clear()
+            self.history = []
             self._epoch, self._open = None, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -153,6 +154,8 @@ class FeatureStdRescaling(Callback):
             self._gather()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if self._reads:  # the module's own on_train_batch_start has ended the epoch, and with it the batch
+            self._unhook()
         self._close(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102

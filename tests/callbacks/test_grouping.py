@@ -85,3 +85,19 @@ def test_its_defaults_are_those_of_pom_param_groups(tiny):
     for name, parameter in inspect.signature(pom_param_groups).parameters.items():
         if name != "model":
             assert mine[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_decay": 5.0}, r"layer_decay: 5.0 is not in \(0, 1\]"),
+        ({"layer_decay": "x"}, "layer_decay: 'x' is not in"),
+        ({"euclidean_lr_factor": -1.0}, "euclidean_lr_factor: -1.0 is not a positive number"),
+        ({"include": "timm:stem"}, "include: 'timm:stem' is one string"),
+        ({"exclude": "timm:stem"}, "exclude: 'timm:stem' is one string"),
+        ({"no_weight_decay": "blocks.*"}, r"no_weight_decay: 'blocks.\*' is one string"),
+    ],
+)
+def test_what_is_wrong_whatever_the_model_is_refused_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        POMGrouping(**options)

@@ -523,3 +523,27 @@ def test_a_norm_without_statistics_holds_no_rescale_back(tmp_path):
     module = Own()
     fit.fit(module, loader())
     assert (fit.optimizers[0].pom(module.model.linear.weight).radius != 1).all()
+
+
+def test_an_epoch_that_the_module_ends_before_a_batch_leaves_no_hook_behind(tmp_path):
+    class Ends(LitTiny):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.trainer.current_epoch == 1 and batch_idx == 1 else None
+
+        def on_train_epoch_end(self):
+            self.model(1000 * torch.ones(1, 4, 6, 6))  # nothing that is trained on
+
+    rescaling = FeatureStdRescaling(every_n_batches=1)
+    fit = trainer(tmp_path, rescaling, max_epochs=4)
+    module = Ends(lr=0.0)
+    fit.fit(module, loader())
+    for row in rescaling.history:
+        assert row["layers"]["model.conv"]["std"] < 2
+
+
+def test_a_history_that_was_kept_outlives_the_next_fit(tmp_path):
+    rescaling = FeatureStdRescaling()
+    trainer(tmp_path, rescaling, max_epochs=2).fit(LitTiny(), loader())
+    kept = rescaling.history
+    trainer(tmp_path, rescaling, max_epochs=1).fit(LitTiny(), loader())
+    assert (len(kept), len(rescaling.history)) == (2, 1)
