@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,18 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_fgsgd.components import CUTTINGS, Cutting, cutting_of
-from lightning_fgsgd.grouping import SCHEMES, IndexSets, draw_index_sets, pool_size
-from lightning_fgsgd.manifolds import get_manifold
+from lightning_fgsgd.choices import DEFAULT_MANIFOLDS, DEFAULTS, check_choices, check_override, check_splits
+from lightning_fgsgd.components import Cutting, cutting_of
+from lightning_fgsgd.grouping import IndexSets, draw_index_sets, pool_size
 from lightning_fgsgd.reasons import normalizes_weight, why_euclidean
 from lightning_fgsgd.selection import Selector, head_parameters, layer_decay_factors
 from lightning_fgsgd.sharding import whole_of
 
-__all__ = ["STARTS", "POMPlan", "PlannedWeight", "draw_plan", "pom_param_groups"]
-
-STARTS = ("preserve", "project", "random")
-DEFAULT_MANIFOLDS = ("sphere", "oblique", "stiefel")
-_OVERRIDABLE = ("scheme", "manifolds", "start", "cutting", "block_size", "groups")
+__all__ = ["POMPlan", "PlannedWeight", "draw_plan", "pom_param_groups"]
 
 
 @dataclass(frozen=True)
@@ -191,7 +186,7 @@ def draw_plan(
 ) -> POMPlan:
     """The plan of :func:`pom_param_groups`, with the same arguments; it may be one that constrains nothing."""
     model = unwrapped(model)
-    settings = {**_DEFAULTS, **settings}
+    settings = {**DEFAULTS, **settings}
     check_choices(**settings, seed=seed)
     names, owners = _parameters(model)
     selector = Selector(model, names, owners)
@@ -247,16 +242,6 @@ def draw_plan(
                 f"{largest} components; choose groups between 1 and {largest}, 'each', or None for one per manifold"
             )
     return plan
-
-
-_DEFAULTS: dict[str, Any] = {
-    "scheme": "pio",
-    "manifolds": DEFAULT_MANIFOLDS,
-    "start": "preserve",
-    "cutting": "kernel",
-    "block_size": 16,
-    "groups": None,
-}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -366,58 +351,3 @@ def _free_of_weight_decay(model: nn.Module, plan: POMPlan, which: bool | Sequenc
 def layer_seed(seed: int, name: str) -> int:
     """The seed of one layer's draws."""
     return (seed * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode())) % 2**63
-
-
-def check_splits(layer_decay: Any, euclidean_lr_factor: Any) -> None:
-    numbers = (int, float)
-    if layer_decay is not None and not (isinstance(layer_decay, numbers) and 0 < layer_decay <= 1):
-        raise ValueError(f"layer_decay: {layer_decay!r} is not in (0, 1]")
-    if euclidean_lr_factor is not None and not (
-        isinstance(euclidean_lr_factor, numbers) and 0 < euclidean_lr_factor < math.inf
-    ):
-        raise ValueError(f"euclidean_lr_factor: {euclidean_lr_factor!r} is not a positive number")
-
-
-def check_override(pattern: str, change: Any, settings: dict[str, Any], seed: int) -> None:
-    if not isinstance(change, Mapping) or not set(change) <= set(_OVERRIDABLE):
-        raise ValueError(
-            f"overrides: {pattern!r} has {change!r}; give a mapping of some of {', '.join(_OVERRIDABLE)} to their values"
-        )
-    try:
-        check_choices(**(settings | dict(change)), seed=seed)
-    except ValueError as error:
-        raise ValueError(f"overrides: {pattern!r}: {error}") from error
-
-
-def check_choices(
-    scheme: str,
-    manifolds: Sequence[str],
-    start: str,
-    cutting: str,
-    block_size: int,
-    groups: int | str | None,
-    seed: int,
-) -> None:
-    for argument, value, choices in (
-        ("scheme", scheme, SCHEMES),
-        ("start", start, STARTS),
-        ("cutting", cutting, CUTTINGS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{argument}: unknown {argument} {value!r}; choose from {', '.join(map(repr, choices))}")
-    if isinstance(manifolds, str):
-        raise ValueError(f"manifolds: {manifolds!r} is one string; give a list of names, [{manifolds!r}]")
-    if len(manifolds) == 0:
-        raise ValueError("manifolds: none given; give at least one of 'sphere', 'oblique', 'stiefel', 'euclidean'")
-    for manifold in manifolds:
-        get_manifold(manifold)
-    if len(set(manifolds)) != len(manifolds):
-        raise ValueError(f"manifolds: {tuple(manifolds)} names one twice; give each manifold once")
-    counts: list[tuple[str, Any, str]] = [("block_size", block_size, ""), ("groups", groups, ", 'each' or None")]
-    for argument, count, other in counts:
-        if other and count in ("each", None):
-            continue
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{argument}: {count!r} is not a whole number of at least 1{other}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed: {seed!r} is not a whole number")

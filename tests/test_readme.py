@@ -16,9 +16,9 @@ def test_the_first_two_bash_blocks_are_the_two_commands():
 
 def test_every_name_in_the_table_of_choices_exists():
     table = README[README.index("## Choices") : README.index("## Recipes")]
+    from lightning_fgsgd.choices import STARTS
     from lightning_fgsgd.grouping import SCHEMES
     from lightning_fgsgd.manifolds import MANIFOLDS
-    from lightning_fgsgd.plan import STARTS
     from lightning_fgsgd.pom import METRICS
 
     for name in (*SCHEMES, *MANIFOLDS, *STARTS, *METRICS):

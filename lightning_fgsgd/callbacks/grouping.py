@@ -8,16 +8,10 @@ from typing import Any
 from torch import nn
 
 from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_fgsgd.choices import DEFAULT_MANIFOLDS, check_choices, check_override, check_splits
 from lightning_fgsgd.describe import describe
 from lightning_fgsgd.optimizer import FGSGD
-from lightning_fgsgd.plan import (
-    DEFAULT_MANIFOLDS,
-    POMParamGroups,
-    check_choices,
-    check_override,
-    check_splits,
-    pom_param_groups,
-)
+from lightning_fgsgd.plan import POMParamGroups, pom_param_groups
 
 __all__ = ["POMGrouping"]
 

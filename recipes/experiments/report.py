@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_fgsgd.plan import DEFAULT_MANIFOLDS
+from lightning_fgsgd.choices import DEFAULT_MANIFOLDS
 from recipes.experiments import figures
 from recipes.experiments.spec import asked_for, tuning_runs
 from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curves, summarise, tuned
