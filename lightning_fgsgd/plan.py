@@ -246,8 +246,10 @@ def draw_plan(
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model in a ``DistributedDataParallel`` or ``DataParallel``: names, and so draws, are those without it."""
-    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-    return model.module if wrapped else model  # type: ignore[return-value]
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner: nn.Module = model.module
+        return inner
+    return model
 
 
 def _parameters(model: nn.Module) -> tuple[dict[Tensor, str], dict[Tensor, list[nn.Module]]]:

@@ -296,7 +296,8 @@ def _callbacks(method: str, options: dict[str, Any], seed: int, watch: bool) -> 
     if unknown:
         known = (*GROUPING, *RESCALING, *OPTIMIZER, *CHOICES)
         raise ValueError(f"{unknown[0]}: not an option of fgsgd; choose from {', '.join(known)}")
-    callbacks: list[Callback] = [_grouping(choices, seed=seed, **grouping)]
+    own = _grouping(choices, seed=seed, **grouping)
+    callbacks: list[Callback] = [own]
     preserves = grouping.get("start", "preserve") == "preserve"
     for name in ("redraw", "std_of"):
         if name in choices and rescale and preserves:
@@ -308,7 +309,7 @@ def _callbacks(method: str, options: dict[str, Any], seed: int, watch: bool) -> 
     if redraw := choices.get("redraw"):
         if redraw not in ("new", "same"):
             raise ValueError(f"redraw: unknown choice {redraw!r}; choose from 'new', 'same'")
-        callbacks.append(Redraw(callbacks[0], new=redraw == "new"))  # type: ignore[arg-type]
+        callbacks.append(Redraw(own, new=redraw == "new"))
     if rescale:
         other = {"std_of": choices["std_of"]} if "std_of" in choices else {}
         callbacks.append(OtherStdRescaling(**other, **rescaling) if other else FeatureStdRescaling(**rescaling))
