@@ -11,7 +11,9 @@ from lightning_fgsgd.manifolds.base import by_lapack, divide, finite, wide
 
 __all__ = ["Norms", "component_norms", "geometric_means", "group_norms"]
 
-_EXACT = 64  # up to this n the n x n Gram matrix of a group is formed and its eigenvalues are computed
+# Up to this n, or up to this n or number of columns of every group, Gram matrices' eigenvalues are computed. The second is
+# about where Lanczos' method begins to be faster.
+_EXACT, _EXACT_SIDE_BY_SIDE = 64, 384
 _LANCZOS_STEPS = 32
 
 
@@ -30,16 +32,18 @@ class Norms(NamedTuple):
 def component_norms(components: Tensor) -> Norms:
     """Norms of every component, each (k,), of ``components`` (k, n, p)."""
     # The largest eigenvalue of the small Gram matrix instead of singular values of the tall component.
-    spectral = _largest_root(components.mT @ components)
-    columns = components.norm(dim=-2)
+    gram = components.mT @ components
+    spectral = _largest_root(gram)
+    columns = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     return Norms(spectral, columns.norm(dim=-1), columns.sum(-1))
 
 
 def group_norms(components: Tensor, group: Tensor, norms: Norms | None = None) -> Norms:
     """Norms of every concatenated group ω_g = [ω_1, ω_2, ...], n x p|g|, each (G,).
 
-    Exact; for n above 64 the spectral norm is the value that 32 Lanczos steps give, which is not above the true one (but
-    for rounding) and for weights found to be within 1 % of it. A group with a value that is not finite has NaN.
+    Exact; where both n and the columns of a group are many, above 384, the spectral norm is the value that 32 Lanczos steps
+    give, which is not above the true one (but for rounding) and for weights found to be within 1 % of it. A group with a
+    value that is not finite has NaN.
 
     Args:
         components: (k, n, p).
@@ -47,9 +51,12 @@ def group_norms(components: Tensor, group: Tensor, norms: Norms | None = None) -
         norms: their norms, where they are at hand.
     """
     single, frobenius, l21 = component_norms(components) if norms is None else norms
-    groups = int(group.max()) + 1
-    if components.shape[-2] <= _EXACT:
+    groups, (_, n, p) = int(group.max()) + 1, components.shape
+    most = int(group.bincount().max())  # components of a group
+    if n <= _EXACT:
         spectral = _gram_spectral(components, group, groups)
+    elif min(n, most * p) <= _EXACT_SIDE_BY_SIDE and groups * most <= 2 * len(group):
+        spectral = _side_by_side_spectral(components, group, groups, most)
     else:  # from below, so a group's is at least that of each of its components
         largest = single.new_zeros(groups).scatter_reduce_(0, group, single, "amax")
         spectral = torch.maximum(_lanczos_spectral(components, group, groups), largest)
@@ -79,6 +86,18 @@ def _gram_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
     n = components.shape[-2]
     gram = components.new_zeros(groups, n, n).index_add_(0, group, components @ components.mT)
     return _largest_root(gram)
+
+
+def _side_by_side_spectral(components: Tensor, group: Tensor, groups: int, most: int) -> Tensor:
+    """The same from the smaller one of ω_g ω_gᵀ and ω_gᵀ ω_g, of groups that are filled up to the size of the largest."""
+    _, n, p = components.shape
+    order = group.argsort(stable=True)
+    group, sizes = group[order], group.bincount()
+    place = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+    filled = components.new_zeros(groups, most, n, p)
+    filled[group, place] = components[order]
+    matrices = filled.transpose(1, 2).reshape(groups, n, most * p)
+    return _largest_root(matrices @ matrices.mT if n <= most * p else matrices.mT @ matrices)
 
 
 def _lanczos_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -111,6 +130,31 @@ def _lanczos_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
 def _largest_root(gram: Tensor) -> Tensor:
     """Root of the largest eigenvalue; NaN for matrices that are not finite, on which LAPACK gives up."""
     good = finite(gram)
-    (eigenvalues,) = by_lapack(torch.linalg.eigvalsh, torch.where(good, gram, torch.zeros_like(gram)))
-    eigenvalues = eigenvalues[..., -1]
-    return torch.where(good[..., 0, 0], eigenvalues.clamp_min(0).sqrt(), torch.nan)
+    gram = torch.where(good, gram, torch.zeros_like(gram))
+    if gram.shape[-1] <= 3:  # millions of kernels, which LAPACK would take one by one
+        largest = _largest_in_closed_form(wide(gram)).to(gram)
+    else:
+        (eigenvalues,) = by_lapack(torch.linalg.eigvalsh, gram)
+        largest = eigenvalues[..., -1]
+    return torch.where(good[..., 0, 0], largest.clamp_min(0).sqrt(), torch.nan)
+
+
+def _largest_in_closed_form(gram: Tensor) -> Tensor:
+    """The largest eigenvalue of symmetric matrices of at most 3 x 3, by the roots of their characteristic polynomial.
+
+    q + 2s cos(φ/3), with q the mean of the diagonal, 6s² = ‖A − qI‖² and cos φ = det(A − qI) / 2s³. Where the two largest
+    are the same, rounding of ε makes an error of √ε s there; hence double precision.
+    """
+    p = gram.shape[-1]
+    if p == 1:
+        return gram[..., 0, 0]
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    a, b, c = (gram[..., i, i] - mean for i in (0, 1, p - 1))
+    d = gram[..., 0, 1]
+    if p == 2:
+        return mean + (a.square() + d.square()).sqrt()
+    e, f = gram[..., 0, 2], gram[..., 1, 2]
+    s = ((a.square() + b.square() + c.square()) / 6 + (d.square() + e.square() + f.square()) / 3).sqrt()
+    determinant = a * (b * c - f.square()) - d * (d * c - e * f) + e * (d * f - b * e)
+    cosine = divide(determinant, 2 * s * s * s).clamp(-1, 1)  # one factor after the other: s³ is 0 before s is
+    return mean + 2 * s * (cosine.acos() / 3).cos()

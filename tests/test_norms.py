@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from lightning_fgsgd import norms
 from lightning_fgsgd.manifolds import get_manifold
 from lightning_fgsgd.norms import component_norms, geometric_means, group_norms
 from tests.manifolds.strategies import CONSTRAINED
@@ -14,6 +15,21 @@ def test_component_norms_are_those_of_torch():
     torch.testing.assert_close(norms.spectral, torch.linalg.matrix_norm(x, ord=2))
     torch.testing.assert_close(norms.frobenius, torch.linalg.matrix_norm(x))
     torch.testing.assert_close(norms.l21, x.norm(dim=1).sum(1))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_spectral_norms_are_exact_where_singular_values_coincide_or_vanish(p, scale):
+    # Up to 3 columns from the characteristic polynomial, whose roots are worst known where they coincide.
+    q = torch.linalg.qr(torch.randn(500, 9, p, dtype=torch.float64)).Q
+    r = torch.linalg.qr(torch.randn(500, p, p, dtype=torch.float64)).Q
+    alike = [1, 1, 1, 1], [1, 1, 0.2, 0.1], [1, 1 - 1e-9, 0.5, 0.5], [1, 0.3, 0.3, 0.3]
+    for singular in (*alike, [1, 0, 0, 0], [0, 0, 0, 0]):
+        x = scale * q @ torch.diag(torch.tensor(singular[:p], dtype=torch.float64)) @ r
+        exact = torch.full((500,), scale * singular[0], dtype=torch.float64)
+        torch.testing.assert_close(component_norms(x).spectral, exact, rtol=1e-7, atol=0)
+        single = component_norms(x.float()).spectral
+        torch.testing.assert_close(single, exact.float(), rtol=1e-6, atol=0)
 
 
 def test_on_blocks_the_sum_of_columns_is_the_sum_over_the_rows_of_the_layers_weight():
@@ -41,7 +57,7 @@ def test_group_norms_are_those_of_the_concatenation(n, kind):
         assert math.isclose(norms.spectral[g], torch.linalg.matrix_norm(side_by_side, ord=2), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(64, 2048, 16), (40, 768, 16), (20, 4096, 4), (6, 300, 1)])
+@pytest.mark.parametrize("shape", [(90, 2048, 16), (90, 768, 16), (320, 4096, 4), (1200, 500, 1)])
 def test_lanczos_never_overstates_a_spectral_norm_and_misses_less_than_one_percent(shape):
     # In float32, where a basis that is not kept orthogonal brings values back that are found already.
     x, group = torch.randn(shape), torch.arange(shape[0]) % 3
@@ -51,9 +67,27 @@ def test_lanczos_never_overstates_a_spectral_norm_and_misses_less_than_one_perce
     assert (found >= exact * 0.99).all()
 
 
-@pytest.mark.parametrize("n", [5, 100])
-def test_zero_groups_and_groups_with_nan_have_their_norm_and_leave_the_others_alone(n):
-    x, group = torch.randn(6, n, 2), torch.tensor([0, 0, 1, 1, 2, 2])
+@pytest.mark.parametrize("shape", [(64, 2048, 16), (40, 768, 16), (64, 100, 16), (20, 4096, 4), (6, 300, 1)])
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_norms_of_large_groups_are_exact_where_their_rows_or_columns_are_few(shape, groups):
+    # Groups of different sizes, in no order.
+    x, group = (
+        torch.randn(shape),
+        (torch.arange(shape[0]) % (groups + 1)).clamp_max(groups - 1)[torch.randperm(shape[0])],
+    )
+    exact = [torch.linalg.matrix_norm(torch.cat(list(x[group == g].double()), 1), ord=2) for g in range(groups)]
+    torch.testing.assert_close(group_norms(x, group).spectral, torch.stack(exact).float(), rtol=3e-5, atol=0)
+
+
+def test_one_group_that_is_much_larger_than_the_others_does_not_take_memory_for_each(monkeypatch):
+    monkeypatch.setattr(norms, "_side_by_side_spectral", None)
+    group_norms(torch.randn(600, 70, 1), torch.arange(600).sub(300).clamp_min(0))
+
+
+@pytest.mark.parametrize(("n", "p"), [(5, 2), (100, 2), (400, 200)])
+def test_zero_groups_and_groups_with_nan_have_their_norm_and_leave_the_others_alone(n, p):
+    # By the Gram matrix of a group's rows, of its columns, and by Lanczos' method.
+    x, group = torch.randn(6, n, p), torch.tensor([0, 0, 1, 1, 2, 2])
     whole = group_norms(x, group)
     x[2:4] = 0
     x[5, 1, 1] = math.nan

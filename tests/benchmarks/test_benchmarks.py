@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
 import torch
+from pytorch_lightning import Callback
 
-from benchmarks import harness, memory, scaling, step
+from benchmarks import epoch, harness, memory, scaling, step
 
 
 def test_ratios_are_taken_round_by_round():
@@ -47,6 +49,25 @@ def test_state_and_what_a_step_holds_stay_within_their_bounds(start, bound):
     found = memory.measure(timm.create_model("resnet50"), start, fused=True)
     assert found["state"] <= bound
     assert found["transient"] <= 1.0
+
+
+def test_an_epoch_is_timed_with_what_callbacks_do_at_its_end(monkeypatch):
+    slow = 0.2
+
+    class Slow(Callback):
+        def on_train_epoch_end(self, *_):
+            time.sleep(slow)
+
+    monkeypatch.setattr(epoch, "NormBoundMonitor", Slow)
+    module = epoch.classifier("resnet10t", "fgsgd")
+    images = torch.rand(4, 3, 32, 32)
+    loader = torch.utils.data.DataLoader(list(zip(images, [0, 1, 2, 3], strict=True)), 2)
+    by_epoch, by_step = (epoch.Clock(torch.device("cpu"), epochs=e) for e in (True, False))
+    for clock in (by_epoch, by_step):
+        epoch._fit(module, loader, clock, [epoch.POMGrouping()], 2)
+    assert len(by_epoch.times()) == 2
+    assert min(by_epoch.times()) > slow
+    assert len(by_step.times()) == 3  # from the first of four batches to the last
 
 
 @pytest.mark.slow
