@@ -9,7 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_fgsgd.manifolds.base import wide
+
 __all__ = ["FeatureStd", "merge_moments", "of_processes", "own_part", "standard_deviation"]
+
+_ROWS = 2**15  # numbers of a channel that are summed up in float32
 
 
 class FeatureStd(Metric):
@@ -56,22 +60,47 @@ class FeatureStd(Metric):
             features = features.float()
         if features.ndim == 1:  # one vector is a batch of one
             features, dim = features[None], 1
-        dim = dim % features.ndim
-        others = [d for d in range(features.ndim) if d != dim]
-        count = features.numel() // features.shape[dim]
-        # A value of each channel is taken off first: the mean may be so large that float32 cannot hold it precisely enough.
-        pivot = features[tuple(slice(None) if d == dim else slice(1) for d in range(features.ndim))]
-        # Two sums, the second of squares about the mean: as precise as torch.var_mean, which takes several times as long.
-        shifted = features - pivot
-        mean = shifted.mean(others, keepdim=True)
-        squares = shifted.sub_(mean).square_().sum(others).to(self.moments)
-        mean = (mean.to(self.moments) + pivot.to(self.moments)).flatten()
-        batch = torch.stack([torch.full_like(mean, count), mean, squares])
-        self.moments = merge_moments(torch.stack([self.moments, batch]))
+        channels_last = features.movedim(dim, -1)
+        parts = _of_rows(channels_last) or [_of_any(channels_last)]
+        self.moments = merge_moments(torch.stack([self.moments, *(part.to(self.moments) for part in parts)]))
 
     def compute(self) -> Tensor:
         """Standard deviation (population, not sample) of each channel or pool; NaN where nothing was read."""
         return standard_deviation(self.moments, self.pools)
+
+
+def _of_rows(features: Tensor) -> list[Tensor]:
+    """Moments of parts of features (..., channels) that lie so in a CPU's memory, (3, channels) each; none elsewhere.
+
+    By the sums of torch's own batch norm, which look twice and copy nothing: in less than half the time of :func:`_of_any`.
+    They are in float32, so in parts; and none where a mean is too large beside its deviation for them.
+    """
+    if features.device.type != "cpu" or not features.is_contiguous():
+        return []
+    found = []
+    for rows in features.reshape(-1, features.shape[-1]).split(_ROWS):
+        mean, variance = torch.batch_norm_update_stats(rows, None, None, 1.0)
+        if bool((mean.square() > 1e6 * variance).any()):
+            return []
+        found.append(_moments(len(rows), mean, len(rows) * variance))
+    return found
+
+
+def _of_any(features: Tensor) -> Tensor:
+    """Moments of any features (..., channels), (3, channels)."""
+    others = list(range(features.ndim - 1))
+    # A value of each channel is taken off first: the mean may be so large that float32 cannot hold it precisely enough.
+    pivot = features[tuple(slice(1) for _ in others)]
+    # Two sums, the second of squares about the mean: as precise as torch.var_mean, which takes several times as long.
+    shifted = features - pivot
+    mean = shifted.mean(others, keepdim=True)
+    squares = shifted.sub_(mean).square_().sum(others)
+    return _moments(features.numel() // len(squares), (wide(mean) + wide(pivot)).flatten(), squares)
+
+
+def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
+    mean = wide(mean)
+    return torch.stack([torch.full_like(mean, count), mean, wide(squares)])
 
 
 def standard_deviation(moments: Tensor, pools: int) -> Tensor:

@@ -25,14 +25,15 @@ def read(model, *batches, backward=False, **settings):
     reader.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     return {
-        poms[p].name: (metric.compute(), metric.moments[0, 0].item())
+        poms[p].name: (metric.compute().float(), metric.moments[0, 0].item())
         for p, metric in metrics.items()
         if metric.update_called
     }
 
 
 def std(x, dim=-1):
-    return x.detach().double().movedim(dim, 0).flatten(1).std(1, correction=0)
+    """To be compared as precisely as float32 features allow."""
+    return x.detach().double().movedim(dim, 0).flatten(1).std(1, correction=0).float()
 
 
 class Functional(nn.Module):
