@@ -99,10 +99,7 @@ def advance(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor]]:
     sizes = [job.pom.cutting.count for job in jobs]
     moved = torch.empty(sum(sizes), dtype=torch.bool, device="cpu")
     _run(jobs, None, sizes, moved)
-    for job in jobs:
-        torch.autograd.graph.increment_version(job.weight)
-        if job.buffer is not None:
-            torch.autograd.graph.increment_version(job.buffer)
+    torch.autograd.graph.increment_version([x for job in jobs for x in (job.weight, job.buffer) if x is not None])
     return list(moved.split(sizes)), [moved.all()]
 
 

@@ -106,10 +106,7 @@ def advance(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor]]:
         moved = launch.out.view(torch.bool)
         whole.append(moved.all())
         found |= zip(members, moved.split(launch.sizes), strict=True)
-        for job in mine:
-            for x in (job.weight, job.buffer):
-                if x is not None:
-                    torch.autograd.graph.increment_version(x)
+        torch.autograd.graph.increment_version([x for job in mine for x in (job.weight, job.buffer) if x is not None])
     return [found[i] for i in range(len(jobs))], whole
 
 

@@ -108,6 +108,7 @@ class FGSGD(torch.optim.Optimizer):
         self._waits = False  # whether frozen weights are held that are to be placed once they are not
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
+        self._chunk = 0  # how many numbers of a weight torch's operations are given at a time
         given = params if isinstance(params, Tensor) else list(params)  # a Tensor is torch's to refuse
         carriers = [x for x in (params, *given) if isinstance(x, POMParamGroups | POMParamGroup)]
         plans = list({id(x.plan): x.plan for x in carriers}.values())
@@ -151,6 +152,9 @@ class FGSGD(torch.optim.Optimizer):
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
         checks.options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        sizes = [count(p) for group in self.param_groups for p in group["params"]]
+        # A step by torch's operations holds up to eighteen tensors of a chunk: together the largest weight, or 5 % of all.
+        self._chunk = min(2**19, max(2**14, max(max(sizes, default=0), sum(sizes) // 20) // 18))
         try:
             self._place(self.param_groups[-1:])
         except ValueError:
@@ -276,7 +280,7 @@ class FGSGD(torch.optim.Optimizer):
 
     def _step(self) -> None:
         left_out = self._place_unfrozen() if self._waits else set()
-        updates = self._updates(left_out)
+        updates, free = self._updates(left_out)
         self._check(updates)
         sums, finite = finite_sums(updates)
         shares = shares_of_all(updates, sums, finite)
@@ -298,14 +302,8 @@ class FGSGD(torch.optim.Optimizer):
         for update in updates:
             if update.group["lr"] != 0:
                 self._versions[update.weight] = version(update.weight)
-        for group in self.param_groups:
-            free = [p for p in group["params"] if p.grad is not None and p not in left_out and self._is_free(p, group)]
-            self._step_free(free, group)
-
-    def _is_free(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether torch's own SGD is all that a parameter needs."""
-        pom = self._poms.get(p)
-        return pom is None or (not pom.constrains and group["rho"] is None)
+        for params, group in free:
+            self._step_free(params, group)
 
     def _place_unfrozen(self) -> set[Tensor]:
         """Place the weights that were frozen until now; those that this moved, whose gradient is of where they were."""
@@ -314,24 +312,26 @@ class FGSGD(torch.optim.Optimizer):
         self._place(self.param_groups)
         return {p for p, pom in self._poms.items() if p not in before and pom.start != "preserve"}
 
-    def _updates(self, left_out: set[Tensor]) -> list[Update]:
-        """The constrained weights that have a gradient, but for those that were placed after it was taken."""
-        found = [
-            (p, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and p not in left_out and not self._is_free(p, group)
-        ]
-        if not found:
-            return []
-        sizes = [count(p) for group in self.param_groups for p in group["params"]]
-        # A step by torch's operations holds up to eighteen tensors of a chunk: together the largest weight, or 5 % of all.
-        chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
-        updates = []
-        for p, group in found:
-            compiled = compiles(group["fused"], p.device)
-            updates.append(Update(p, self._poms[p].follow(p), group, self.state[p], compiled, chunk))
-        return updates
+    def _updates(self, left_out: set[Tensor]) -> tuple[list[Update], list[tuple[list[Tensor], dict[str, Any]]]]:
+        """The weights that have a gradient, but for those that were placed after it was taken.
+
+        Returns:
+            Those of products of manifolds; and by group the others, to which torch's own SGD is all that there is.
+        """
+        updates, free = [], []
+        for group in self.param_groups:
+            plain = []
+            for p in group["params"]:
+                if p.grad is None or p in left_out:
+                    continue
+                pom = self._poms.get(p)
+                if pom is None or (not pom.constrains and group["rho"] is None):
+                    plain.append(p)
+                else:
+                    compiled = compiles(group["fused"], p.device)
+                    updates.append(Update(p, pom.follow(p), group, self.state[p], compiled, self._chunk))
+            free.append((plain, group))
+        return updates, free
 
     def _check(self, updates: list[Update]) -> None:
         """Refuse gradients that are not finite where 𝔤 will not notice, and look at the weights that others have written to.
@@ -366,7 +366,8 @@ class FGSGD(torch.optim.Optimizer):
 
     def _step_free(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """The unconstrained parameters of a group: torch's own SGD."""
-        buffers = [self.state[p].get("momentum_buffer") for p in params] if group["momentum"] != 0 else []
+        states = [self.state[p] for p in params] if group["momentum"] != 0 else []
+        buffers = [state.get("momentum_buffer") for state in states]
         sgd(
             params,
             [p.grad for p in params],  # type: ignore[misc]
@@ -376,8 +377,8 @@ class FGSGD(torch.optim.Optimizer):
             fused=None if group["foreach"] is None else False,  # else torch does not choose foreach by itself
             **{key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")},
         )
-        for p, buffer in zip(params, buffers, strict=False):
-            self.state[p]["momentum_buffer"] = buffer
+        for state, buffer in zip(states, buffers, strict=True):
+            state["momentum_buffer"] = buffer
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -426,6 +427,7 @@ class FGSGD(torch.optim.Optimizer):
             "_poms": self._poms,
             "_plan": self._plan,
             "_waits": self._waits,
+            "_chunk": self._chunk,
             "_unplaced": {},
             "_versions": {},
         }

@@ -62,7 +62,7 @@ def test_step_sizes_of_all_weights_at_once_are_those_of_each_alone():
     for i, group in enumerate(groups):
         group["name"] = str(i)
     optimizer = FGSGD(groups, lr=0.1)
-    updates = optimizer._updates(set())
+    updates, _ = optimizer._updates(set())
     sums = sums_of_all(updates)
     for update, of_groups, share in zip(updates, sums, shares_of_all(updates, sums), strict=True):
         assert share.dtype == update.weight.dtype
