@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.manifolds.base import by_lapack, divide, finite, wide
+from lightning_fgsgd.manifolds.base import by_lapack, divide, wide
 
 __all__ = ["Norms", "component_norms", "geometric_means", "group_norms"]
 
@@ -129,7 +129,7 @@ def _lanczos_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
 
 def _largest_root(gram: Tensor) -> Tensor:
     """Root of the largest eigenvalue; NaN for matrices that are not finite, on which LAPACK gives up."""
-    good = finite(gram)
+    good = torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all(-1)[..., None, None]  # the others are no larger
     gram = torch.where(good, gram, torch.zeros_like(gram))
     if gram.shape[-1] <= 3:  # millions of kernels, which LAPACK would take one by one
         largest = _largest_in_closed_form(wide(gram)).to(gram)

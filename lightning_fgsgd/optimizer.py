@@ -248,8 +248,9 @@ class FGSGD(torch.optim.Optimizer):
         pom = self.poms.get(param)
         if pom is None:
             raise ValueError("param: it is not on a product of manifolds, so it has no radius to set")
-        if radius.shape != pom.radius.shape or not bool(torch.isfinite(radius).all() and (radius > 0).all()):
-            raise ValueError(f"radius: {pom.name} needs {pom.radius.numel()} positive numbers, got {radius}")
+        k = pom.cutting.count
+        if radius.shape != (k,) or not bool((torch.isfinite(radius) & (radius > 0)).all()):
+            raise ValueError(f"radius: {pom.name} needs {k} positive numbers, got {radius}")
         stray = self._versions.get(param) != version(param)
         with opened(pom.shard, param, write=True) as (weight,):
             pom.rescale(weight, radius)

@@ -314,7 +314,8 @@ class POM:
 
         Components on the Euclidean manifold have no radius to set, and stay.
         """
-        old, radius = self.radius, radius.to(self.radius)
+        old = self.radius
+        radius = radius.to(old)
         new = torch.where(self.on("euclidean"), 1.0, radius)
         scaled = self.cutting.join(self.cutting.cut(working(weight)) * (new / old)[:, None, None])
         try:

@@ -283,11 +283,11 @@ class FeatureStdRescaling(Callback):
                         "'preserve' stays as it is",
                     )
                     continue
-                reads = pom.reads()
-                std = std.to(pom.radius)[reads]
+                reads, radius = pom.reads(), pom.radius
+                std = std.to(radius)[reads]
                 if pom.start == "preserve":
                     first = self._first[name].to(std)[reads]
-                    new = scaling.preserved_radius(first, std, pom.radius, self.limit)
+                    new = scaling.preserved_radius(first, std, radius, self.limit)
                 elif self.gamma == "literal" and name not in self._feature_map:
                     self._say(
                         name, f"what {name} puts out was not seen, which gamma='literal' needs; its R stays as it is"
@@ -297,7 +297,7 @@ class FeatureStdRescaling(Callback):
                     size = scaling.gamma(pom.layer, self.gamma, self._feature_map.get(name))
                     new = scaling.radius(size, std, self.clamp)
                     clamped += int(self.clamp and bool((std < 1).any()))
-                optimizer.rescale(param, torch.where(torch.isfinite(new) & (new > 0), new, pom.radius))
+                optimizer.rescale(param, torch.where(torch.isfinite(new) & (new > 0), new, radius))
         if clamped and "clamp" not in self._said:
             self._said.add("clamp")
             rank_zero_info(f"FeatureStdRescaling: λ < 1 in {clamped} layers is taken as 1 (clamp=True)")
