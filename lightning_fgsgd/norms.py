@@ -57,11 +57,12 @@ def group_norms(components: Tensor, group: Tensor, norms: Norms | None = None) -
         spectral = _gram_spectral(components, group, groups)
     elif min(n, most * p) <= _EXACT_SIDE_BY_SIDE and groups * most <= 2 * len(group):
         spectral = _side_by_side_spectral(components, group, groups, most)
-    else:  # from below, so a group's is at least that of each of its components
-        largest = single.new_zeros(groups).scatter_reduce_(0, group, single, "amax")
-        spectral = torch.maximum(_lanczos_spectral(components, group, groups), largest)
+    else:
+        spectral = _lanczos_spectral(components, group, groups)
+    # A group's is at least that of each of its components, also where it is found from below, or rounded.
+    largest = single.new_zeros(groups).scatter_reduce_(0, group.long(), single, "amax")
     return Norms(
-        spectral,
+        torch.maximum(spectral, largest),
         _sums(frobenius.square(), group, groups).sqrt(),
         _sums(l21, group, groups),
     )

@@ -108,7 +108,7 @@ class FGSGD(torch.optim.Optimizer):
         self._waits = False  # whether frozen weights are held that are to be placed once they are not
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
-        self._chunk = 0  # how many numbers of a weight torch's operations are given at a time
+        self._chunk = 0  # how many numbers of a weight torch's operations are given at a time; 0: to be found
         given = params if isinstance(params, Tensor) else list(params)  # a Tensor is torch's to refuse
         carriers = [x for x in (params, *given) if isinstance(x, POMParamGroups | POMParamGroup)]
         plans = list({id(x.plan): x.plan for x in carriers}.values())
@@ -152,9 +152,7 @@ class FGSGD(torch.optim.Optimizer):
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
         checks.options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        sizes = [count(p) for group in self.param_groups for p in group["params"]]
-        # A step by torch's operations holds up to eighteen tensors of a chunk: together the largest weight, or 5 % of all.
-        self._chunk = min(2**19, max(2**14, max(max(sizes, default=0), sum(sizes) // 20) // 18))
+        self._chunk = 0
         try:
             self._place(self.param_groups[-1:])
         except ValueError:
@@ -320,6 +318,10 @@ class FGSGD(torch.optim.Optimizer):
             Those of products of manifolds; and by group the others, to which torch's own SGD is all that there is.
         """
         updates, free = [], []
+        if not self._chunk:
+            sizes = [count(p) for group in self.param_groups for p in group["params"]]
+            # A step by torch's operations holds up to eighteen tensors of one: together the largest weight, or 5 % of all.
+            self._chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
         for group in self.param_groups:
             plain = []
             for p in group["params"]:
