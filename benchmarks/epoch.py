@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -33,6 +33,8 @@ ON_GPU = (
     ("ResNet-50, bfloat16, batch 256 at 224, a step", "resnet50", 224, 256),
     ("ViT-B, bfloat16, batch 128 at 224, a step", "vit_base_patch16_224", 224, 128),
 )
+Arm = Literal["sgd", "fgsgd"]
+ARMS: tuple[Arm, ...] = ("sgd", "fgsgd")
 COLUMNS = {"what": "", "arm": "", "ms": ".0f", "ratio": ".3f"}
 
 
@@ -93,7 +95,7 @@ class Clock(Callback):
         return [b - a for a, b in pairs]
 
 
-def steps(optimizer: str, model: str, images: Images, batch: int, device: torch.device) -> Callable[[], list[float]]:
+def steps(optimizer: Arm, model: str, images: Images, batch: int, device: torch.device) -> Callable[[], list[float]]:
     """A fit of one epoch; gives its steps' seconds, without the first."""
     on_gpu = device.type == "cuda"
 
@@ -107,7 +109,7 @@ def steps(optimizer: str, model: str, images: Images, batch: int, device: torch.
     return run
 
 
-def epochs(optimizer: str, device: torch.device) -> Callable[[], list[float]]:
+def epochs(optimizer: Arm, device: torch.device) -> Callable[[], list[float]]:
     """A fit of the digits recipe; gives its epochs' seconds, without the first."""
 
     def run() -> list[float]:
@@ -123,10 +125,10 @@ def epochs(optimizer: str, device: torch.device) -> Callable[[], list[float]]:
     return run
 
 
-def classifier(model: str, optimizer: str, **options: Any) -> LitClassifier:
+def classifier(model: str, optimizer: Arm, **options: Any) -> LitClassifier:
     """The recipes' module, from scratch: where weights start does not matter to the time."""
     torch.manual_seed(0)
-    return LitClassifier(model, pretrained=False, optimizer=optimizer, **options)  # type: ignore[arg-type]
+    return LitClassifier(model, pretrained=False, optimizer=optimizer, **options)
 
 
 def _fit(module: LitClassifier, loader: DataLoader[Any], clock: Clock, grouping: list[Callback], epochs: int) -> None:
@@ -158,8 +160,8 @@ def main() -> None:
     rounds = max(2, args.rounds // 5)
     found = []
 
-    def compare(what: str, arm: Callable[[str], Callable[[], list[float]]]) -> None:
-        arms = {name: arm(name) for name in ("sgd", "fgsgd")}
+    def compare(what: str, arm: Callable[[Arm], Callable[[], list[float]]]) -> None:
+        arms = {name: arm(name) for name in ARMS}
         totals: dict[str, list[float]] = {name: [] for name in arms}
         for _ in range(rounds):
             for name, run in arms.items():
