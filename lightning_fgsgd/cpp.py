@@ -1,6 +1,6 @@
 """C++ that the compiled steps are built on: vectors of numbers, and what is done to whole tiles and blocks of them."""
 
-__all__ = ["BLOCKS", "PACKING", "ROW", "VECTORS", "each_weight"]
+__all__ = ["BLOCKS", "COLUMNS", "PACKING", "VECTORS", "each_weight"]
 
 # Without <cmath>: without optimisation, a third of the time that a 3x3 kernel takes to compile went into reading it.
 VECTORS = r"""
@@ -358,38 +358,36 @@ static inline void multiply(real (*a)[P], real (*b)[P], real (*z)[P]) {
 """
 
 
-ROW = 15
+# Of a row of the table of weights, see `each_weight`.
+COLUMNS = ("threads", "layout", "s", *"WGB", *"UVR", "M", "S", "F", "sums", "moved", "room")
 
 
 def each_weight(slots: str, room: str) -> str:
     """``kernel``, which works through a table of weights, and the head of the function that does one of them.
 
-    A row of the table has ``ROW`` whole numbers, in the order of that function's arguments: the number of threads; and
+    A row of the table has the whole numbers ``COLUMNS``, which are that function's arguments: the number of threads; and
     addresses of the layout, the numbers of the step, the weight, gradient and momentum, U and its inverse, R, the
     components' manifolds and groups (``slots``), 1/𝔤 and squared norms of the groups, whether a component was moved, and
     room to work in.
     """
-    arguments = {
+    kinds = dict.fromkeys(COLUMNS, "const real*") | {
         "threads": "int64_t",
         "layout": "const int64_t*",
-        "s": "const real*",
         **dict.fromkeys("WGB", "real*"),
-        **dict.fromkeys("UVR", "const real*"),
         "M": "const uint8_t*",
         "S": f"const {slots}*",
-        "F": "const real*",
         "sums": "double*",
         "moved": "bool*",
         "room": f"{room}*",
     }
-    head = f"static void one({', '.join(f'{kind} {name}' for name, kind in arguments.items())})"
-    given = ", ".join(f"({kind})row[{i}]" for i, kind in enumerate(arguments.values()))
+    head = f"static void one({', '.join(f'{kinds[name]} {name}' for name in COLUMNS)})"
+    given = ", ".join(f"({kinds[name]})row[{i}]" for i, name in enumerate(COLUMNS))
     return f"""
 {head};
 
 extern "C" void kernel(int64_t weights, const int64_t* rows) {{
   for (int64_t i = 0; i < weights; ++i) {{
-    const int64_t* const row = rows + i * {ROW};
+    const int64_t* const row = rows + i * {len(COLUMNS)};
     one({given});
   }}
 }}

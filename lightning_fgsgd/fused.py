@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import warnings
 from array import array
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fgsgd.cpp import ROW
+from lightning_fgsgd.cpp import COLUMNS
 from lightning_fgsgd.grouping import SCHEMES
 from lightning_fgsgd.job import Job
 from lightning_fgsgd.pom import POM
@@ -31,7 +32,7 @@ from lightning_fgsgd.source import Program, loop
 from lightning_fgsgd.source_blocks import BlockProgram, Rows, block_loop
 from lightning_fgsgd.symbolic import WORTH_COMPILING, planes, upper_of, variant_of, written
 
-__all__ = ["advance", "available", "group_squares", "suits"]
+__all__ = ["Launches", "available", "suits"]
 
 # Within a tenth as fast as with -O3, and compiled in a fraction of its time. Without traps a choice by a condition is one
 # instruction: with AVX2 alone, a loop that has one is not vectorised else.
@@ -80,31 +81,6 @@ def _compile(source: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return CppCodeCache.load_async(source, "cpu", extra_flags=_FLAGS)()
-
-
-def group_squares(jobs: Sequence[Job]) -> list[Tensor]:
-    """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
-    sizes = [job.pom.num_groups for job in jobs]
-    sums = torch.zeros(sum(sizes), dtype=torch.float64, device="cpu")
-    _run(jobs, "squares", sizes, sums)
-    return list(sums.split(sizes))
-
-
-def advance(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor]]:
-    """Move the weights and their momenta in place; see :func:`lightning_fgsgd.eager.advance`.
-
-    Returns:
-        Which components of each weight were moved, bool (k,); and whether all of them were, one answer for all weights.
-    """
-    sizes = [job.pom.cutting.count for job in jobs]
-    moved = torch.empty(sum(sizes), dtype=torch.bool, device="cpu")
-    _run(jobs, None, sizes, moved)
-    torch.autograd.graph.increment_version([x for job in jobs for x in (job.weight, job.buffer) if x is not None])
-    return list(moved.split(sizes)), [moved.all()]
-
-
-def _threads(weight: Tensor) -> int:
-    return torch.get_num_threads() if weight.numel() >= 2**14 else 1
 
 
 # From the step to C++ ------------------------------------------------------------------------------------------------
@@ -169,6 +145,77 @@ def block_source(variant: tuple[Any, ...], kind: str) -> str:
 # Calling it ----------------------------------------------------------------------------------------------------------
 
 
+class Launches:
+    """The compiled code of some weights, a call for each variant of it, over a table of its weights.
+
+    Made once, and run every step for as long as the weights and their layouts stay: addresses and numbers may change.
+
+    Args:
+        jobs: of these weights.
+        kind: ``"squares"`` for :meth:`squares`, None for :meth:`advance`.
+    """
+
+    def __init__(self, jobs: Sequence[Job], kind: str | None = None) -> None:
+        self._squares = kind == "squares"
+        self._told = [_told(job, kind or job.kind) for job in jobs]
+        self._sizes = [job.pom.num_groups if self._squares else job.pom.cutting.count for job in jobs]
+        self._starts = [0, *itertools.accumulate(self._sizes)]
+        self._threads = 0
+
+    def squares(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
+        sums = torch.zeros(self._starts[-1], dtype=torch.float64, device="cpu")
+        self._run(jobs, [0] * len(jobs), sums=sums)
+        return list(sums.split(self._sizes))
+
+    def advance(self, jobs: Sequence[Job], shares: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Move the weights and their momenta in place, given 1/𝔤 of their groups; see :func:`lightning_fgsgd.eager.advance`.
+
+        Returns:
+            Which components of each weight were moved, bool (k,); and whether all of them were, one answer for all weights.
+        """
+        moved = torch.empty(self._starts[-1], dtype=torch.bool, device="cpu")
+        shares = [share.contiguous() for share in shares]
+        self._run(jobs, [share.data_ptr() for share in shares], moved=moved)
+        torch.autograd.graph.increment_version([x for job in jobs for x in (job.weight, job.buffer) if x is not None])
+        # As bytes: of bools, torch's `all` takes thirty times as long.
+        return list(moved.split(self._sizes)), [moved.view(torch.uint8).min().bool()]
+
+    def _run(self, jobs: Sequence[Job], shares: list[int], **found: Tensor) -> None:
+        if self._threads != torch.get_num_threads():
+            self._lay_out(jobs)
+        numbers = [_numbers(job) for job in jobs]
+        space = torch.empty(self._room, dtype=torch.uint8, device="cpu")
+        fresh = {
+            "s": [x.buffer_info()[0] for x in numbers],
+            "W": [job.weight.data_ptr() for job in jobs],
+            "G": [job.grad.data_ptr() for job in jobs],
+            "B": [0 if self._squares or job.buffer is None else job.buffer.data_ptr() for job in jobs],
+            "F": shares,
+            "room": [space.data_ptr()] * len(jobs),
+        }
+        for name, out in found.items():
+            fresh[name] = [out.data_ptr() + out.element_size() * start for start in self._starts]
+        for kernel, members, table in self._tables:
+            for name, addresses in fresh.items():
+                table[COLUMNS.index(name) :: len(COLUMNS)] = array("q", [addresses[i] for i in members])
+            kernel(len(members), table.buffer_info()[0])
+
+    def _lay_out(self, jobs: Sequence[Job]) -> None:
+        """Make the tables, and find out how much room the code needs to work in, which depends on the number of threads."""
+        self._threads, self._room = torch.get_num_threads(), 0
+        tables: dict[int, tuple[Any, list[int], array[int]]] = {}  # by id: functions of a library have no hash
+        for i, (job, told) in enumerate(zip(jobs, self._told, strict=True)):
+            threads = self._threads if job.weight.numel() >= 2**14 else 1
+            of_pom = dict(zip("UVRMS", told.addresses, strict=True))
+            known = {"threads": threads, "layout": told.layout.buffer_info()[0], **of_pom}
+            _, members, table = tables.setdefault(id(told.kernel), (told.kernel, [], array("q")))
+            members.append(i)
+            table.extend(known.get(name, 0) for name in COLUMNS)
+            self._room = max(self._room, threads * told.room[0] + told.room[1])
+        self._tables = list(tables.values())
+
+
 class _Told(NamedTuple):
     """What compiled code is told of a weight for as long as its layout stays."""
 
@@ -177,32 +224,6 @@ class _Told(NamedTuple):
     of_pom: tuple[Tensor | None, ...]  # U, its inverse, R, the manifolds and the groups
     addresses: tuple[int, ...]  # of these
     room: tuple[int, int]  # bytes to work in: for each thread, and once
-
-
-def _run(jobs: Sequence[Job], kind: str | None, sizes: Sequence[int], out: Tensor) -> None:
-    """Run the code of each variant once, over a table of its weights; ``out`` holds ``sizes`` numbers for each in turn."""
-    tables: dict[int, tuple[Any, array[int]]] = {}  # by id: functions of a library have no hash
-    kept, at, room = [], out.data_ptr(), 0
-    for job, size in zip(jobs, sizes, strict=True):
-        told, numbers, threads = _told(job, kind or job.kind), _numbers(job), _threads(job.weight)
-        share = None if job.share is None else job.share.contiguous()
-        moved_along = None if kind == "squares" else job.buffer
-        read = (job.weight, job.grad, moved_along)
-        ours = (threads, told.layout.buffer_info()[0], numbers.buffer_info()[0], *map(_address, read))
-        found = (at, 0) if kind == "squares" else (0, at)
-        _, table = tables.setdefault(id(told.kernel), (told.kernel, array("q")))
-        table.extend((*ours, *told.addresses, _address(share), *found, 0))
-        kept += [numbers, share]  # their addresses are in the table
-        at, room = at + size * out.element_size(), max(room, threads * told.room[0] + told.room[1])
-    space = torch.empty(room, dtype=torch.uint8, device="cpu")
-    for kernel, table in tables.values():
-        weights = len(table) // ROW
-        table[ROW - 1 :: ROW] = array("q", [space.data_ptr()] * weights)
-        kernel(weights, table.buffer_info()[0])
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _told(job: Job, kind: str) -> _Told:
@@ -222,7 +243,7 @@ def _told(job: Job, kind: str) -> _Told:
             layout = array("q", (cutting.count, cutting.n, second, *strides))
             of_pom = (pom.upper, pom.inverse, None if pom.all_ones else pom.radius, pom.sets.manifold, pom.group)
             room = room_for(layout.buffer_info()[0]) * weight.element_size(), cutting.count * weight.element_size()
-        pom.layouts[key] = _Told(kernel, layout, of_pom, tuple(map(_address, of_pom)), room)
+        pom.layouts[key] = _Told(kernel, layout, of_pom, tuple(0 if x is None else x.data_ptr() for x in of_pom), room)
     found: _Told = pom.layouts[key]
     return found
 

@@ -25,7 +25,7 @@ from lightning_fgsgd.source_gpu import NUMBERS, TOTAL, Pools, TritonProgram, lan
 from lightning_fgsgd.source_tiles import BlockTiles, Matrix, Tiles, block_kernel
 from lightning_fgsgd.symbolic import planes, upper_of, variant_of, written
 
-__all__ = ["advance", "available", "group_squares", "suits"]
+__all__ = ["Launches", "available", "suits"]
 
 _LANE = 9  # entries of the largest kernel that one lane works on: code for a 4x4 one takes half a minute to compile
 _MOST_ROWS = 32  # of a larger kernel, or a block: likewise, minutes for 64
@@ -75,39 +75,6 @@ def _load(source: str) -> Any:
     from torch._inductor.codecache import PyCodeCache  # Triton reads its functions from files
 
     return PyCodeCache.load(source).kernel
-
-
-def group_squares(jobs: Sequence[Job]) -> list[Tensor]:
-    """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
-    found: dict[int, Tensor] = {}
-    for key, members in _alike(jobs, "squares").items():
-        launch = Launch(key, [jobs[i] for i in members], torch.float32)
-        launch.run(None)
-        if key.pool.summed:
-            found |= zip(members, launch.sums(), strict=True)
-        else:
-            parts = launch.out.split(launch.sizes)
-            found |= {i: jobs[i].pom.group_sums(part) for i, part in zip(members, parts, strict=True)}
-    return [found[i] for i in range(len(jobs))]
-
-
-def advance(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor]]:
-    """Move the weights and their momenta in place; see :func:`lightning_fgsgd.eager.advance`.
-
-    Returns:
-        Which components of each weight were moved, bool (k,); and whether all of them were, a few answers for all weights.
-    """
-    found: dict[int, Tensor] = {}
-    whole = []
-    for key, members in _alike(jobs, None).items():
-        mine = [jobs[i] for i in members]
-        launch = Launch(key, mine, torch.uint8)
-        launch.run([job.share for job in mine if job.share is not None])
-        moved = launch.out.view(torch.bool)
-        whole.append(moved.all())
-        found |= zip(members, moved.split(launch.sizes), strict=True)
-        torch.autograd.graph.increment_version([x for job in mine for x in (job.weight, job.buffer) if x is not None])
-    return [found[i] for i in range(len(jobs))], whole
 
 
 # From the step to Triton ---------------------------------------------------------------------------------------------
@@ -195,39 +162,82 @@ def block_source(variant: tuple[Any, ...], kind: str, pool: Pools, reads_by: str
 # Calling it ----------------------------------------------------------------------------------------------------------
 
 
-class Launch:
-    """One launch: its tables, and room for what it finds."""
+class Launches:
+    """The code of some weights, a launch for all that are alike; see :class:`lightning_fgsgd.fused.Launches`."""
 
-    def __init__(self, key: Key, jobs: Sequence[Job], dtype: torch.dtype) -> None:
+    def __init__(self, jobs: Sequence[Job], kind: str | None = None) -> None:
+        alike = _alike(jobs, kind)
+        self._launches = [(members, Launch(key, [jobs[i] for i in members])) for key, members in alike.items()]
+
+    def squares(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
+        found: dict[int, Tensor] = {}
+        for members, launch in self._launches:
+            of_all = launch.run([jobs[i] for i in members])
+            if launch.key.pool.summed:
+                found |= zip(members, launch.sums(of_all), strict=True)
+            else:
+                parts = zip(members, of_all.split(launch.sizes), strict=True)
+                found |= {i: jobs[i].pom.group_sums(part) for i, part in parts}
+        return [found[i] for i in range(len(jobs))]
+
+    def advance(self, jobs: Sequence[Job], shares: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Move the weights and their momenta in place, given 1/𝔤 of their groups; see :func:`lightning_fgsgd.eager.advance`.
+
+        Returns:
+            Which components of each weight were moved, bool (k,); and whether all of them were, a few answers for all.
+        """
+        found: dict[int, Tensor] = {}
+        whole = []
+        for members, launch in self._launches:
+            moved = launch.run([jobs[i] for i in members], [shares[i] for i in members]).view(torch.bool)
+            whole.append(moved.all())
+            found |= zip(members, moved.split(launch.sizes), strict=True)
+        torch.autograd.graph.increment_version([x for job in jobs for x in (job.weight, job.buffer) if x is not None])
+        return [found[i] for i in range(len(jobs))], whole
+
+
+class Launch:
+    """One launch, and its tables."""
+
+    def __init__(self, key: Key, jobs: Sequence[Job]) -> None:
         self.key = key
-        self.jobs = jobs
         programs = [-(-job.pom.cutting.count // _LANES) if key.variant[0] else job.pom.cutting.count for job in jobs]
         self.sizes = [job.pom.cutting.count for job in jobs]
         if key.pool.summed:  # sums by program
             self.sizes = [n * job.pom.sets.groups_in_pool for n, job in zip(programs, jobs, strict=True)]
-        self.groups = [job.pom.num_groups for job in jobs]
-        self.programs = sum(programs)
-        self.out = torch.empty(sum(self.sizes), dtype=dtype, device=key.device)
-        self.starts, self.owners = _starts(tuple(self.groups), tuple(self.sizes), tuple(programs), key.device)
-        self.whole = _table(tuple(map(_row, jobs)), key.device)
+        self._groups = [job.pom.num_groups for job in jobs]
+        self._programs = sum(programs)
+        self._starts, self._owners = _starts(tuple(self._groups), tuple(self.sizes), tuple(programs), key.device)
+        self._rows = [_row(job) for job in jobs]
+        self._addresses: tuple[int, ...] = ()
+        self._numbers: tuple[tuple[float, ...], ...] = ()
 
-    def run(self, shares: list[Tensor] | None) -> None:
-        """Launch the code, with 1/𝔤 of the groups of each weight where it needs them."""
-        numbers = tuple(job.numbers for job in self.jobs)
-        of_groups = self.out if shares is None else torch.cat(shares)
-        tables = (self.owners, self.whole, self.starts, _numbers(numbers, self.key.device), of_groups, self.out)
+    def run(self, jobs: Sequence[Job], shares: Sequence[Tensor] = ()) -> Tensor:
+        """Launch the code, with 1/𝔤 of the groups of each weight where it needs them; what it found."""
+        addresses = tuple(0 if x is None else x.data_ptr() for job in jobs for x in job[1:4])
+        if addresses != self._addresses:
+            rows = ((*addresses[3 * i : 3 * i + 3], *row) for i, row in enumerate(self._rows))
+            self._addresses, self._whole = addresses, _table(tuple(rows), self.key.device)
+        numbers = tuple(job.numbers for job in jobs)
+        if numbers != self._numbers:
+            self._numbers, self._table = numbers, _filled(numbers, self.key.device)
+        out = torch.empty(sum(self.sizes), dtype=torch.uint8 if shares else torch.float32, device=self.key.device)
+        of_groups = torch.cat(list(shares)) if shares else out
         constants: dict[str, Any] = {"TILE": _TILE, "PRECISION": _PRECISION}
         constants = {"BLOCK": _LANES} if self.key.variant[0] else constants
-        with torch.cuda.device_of(self.out):
-            _kernel(*self.key[:5])[(self.programs,)](*tables, **constants, num_warps=_WARPS)
+        tables = self._owners, self._whole, self._starts, self._table, of_groups, out
+        with torch.cuda.device_of(out):
+            _kernel(*self.key[:5])[(self._programs,)](*tables, **constants, num_warps=_WARPS)
+        return out
 
-    def sums(self) -> list[Tensor]:
+    def sums(self, of_programs: Tensor) -> list[Tensor]:
         """Sums over the groups of each weight, of what its programs found."""
-        sums = torch.empty(sum(self.groups), dtype=torch.float64, device=self.key.device)
-        grid = (len(self.jobs), max(self.groups))
-        with torch.cuda.device_of(self.out):
-            _load(TOTAL)[grid](self.whole, self.starts, self.out, sums, PART=256, num_warps=4)
-        return list(sums.split(self.groups))
+        sums = torch.empty(sum(self._groups), dtype=torch.float64, device=self.key.device)
+        grid = (len(self._groups), max(self._groups))
+        with torch.cuda.device_of(sums):
+            _load(TOTAL)[grid](self._whole, self._starts, of_programs, sums, PART=256, num_warps=4)
+        return list(sums.split(self._groups))
 
 
 @functools.lru_cache(maxsize=64)
@@ -247,31 +257,26 @@ def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+def _filled(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     filled = [[*row, *([0.0] * (NUMBERS - len(row)))] for row in rows]
     return torch.tensor(filled, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
 
 
 def _row(job: Job) -> tuple[int, ...]:
-    """A weight's row of the table of whole numbers."""
+    """A weight's row of the table of whole numbers, but for the addresses of weight, gradient and momentum, its first."""
     pom, cutting = job.pom, job.pom.cutting
-    tensors = job[1:4]
-    key = tuple((0, ()) if x is None else (x.data_ptr(), x.stride()) for x in tensors)
-    if pom.layouts.get("row", (None,))[0] != key:
-        lanes = _by_lanes(pom)
-        upper, inverse = (pom.upper, None) if lanes else _factors(pom)
-        radius = None if pom.all_ones else pom._radius
-        if radius is not None and cutting.kind == "filter":
-            radius = pom.layouts.setdefault("radius", pom.radius)  # kept, for its address is
-        of_pom = (upper, inverse, radius, pom.sets.manifold, pom.sets.slot)
-        first, second = (cutting.count, 1) if cutting.kind == "filter" else cutting.shape[:2]
-        programs = -(-cutting.count // _LANES) if lanes else cutting.count
-        sizes = (cutting.count, programs, cutting.n, first, second, max(first // cutting.conv_groups, 1))
-        addresses = (0 if x is None else x.data_ptr() for x in (*tensors, *of_pom))
-        strides = (s for x in tensors for s in ((0,) * 4 if x is None else _strides(pom, x) or ()))
-        pom.layouts["row"] = key, (*addresses, *sizes, pom.sets.groups_in_pool, *strides)
-    row: tuple[int, ...] = pom.layouts["row"][1]
-    return row
+    lanes = _by_lanes(pom)
+    upper, inverse = (pom.upper, None) if lanes else _factors(pom)
+    radius = None if pom.all_ones else pom._radius
+    if radius is not None and cutting.kind == "filter":
+        radius = pom.layouts.setdefault("radius", pom.radius)  # kept, for its address is
+    of_pom = (upper, inverse, radius, pom.sets.manifold, pom.sets.slot)
+    first, second = (cutting.count, 1) if cutting.kind == "filter" else cutting.shape[:2]
+    programs = -(-cutting.count // _LANES) if lanes else cutting.count
+    sizes = (cutting.count, programs, cutting.n, first, second, max(first // cutting.conv_groups, 1))
+    addresses = (0 if x is None else x.data_ptr() for x in of_pom)
+    strides = (s for x in job[1:4] for s in ((0,) * 4 if x is None else _strides(pom, x) or ()))
+    return (*addresses, *sizes, pom.sets.groups_in_pool, *strides)
 
 
 def _factors(pom: POM) -> tuple[Tensor | None, Tensor | None]:

@@ -13,13 +13,12 @@ __all__ = ["Job"]
 
 
 class Job(NamedTuple):
-    """What a step is to do to one weight: its momentum None without one, ``share`` 1/𝔤 of every group, (G,)."""
+    """What a step is to do to one weight, but for 1/𝔤 of its groups: its momentum None without one."""
 
     pom: POM
     weight: Tensor
     grad: Tensor
     buffer: Tensor | None
-    share: Tensor | None
     metric: str
     options: Options
     nesterov: bool

@@ -17,8 +17,9 @@ from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.look import ProductOfManifolds
 from lightning_fgsgd.plan import POMParamGroup, POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM
+from lightning_fgsgd.prepared import Prepared, refuse, together
 from lightning_fgsgd.sharding import anywhere, count, largest, local, opened, shard_of, split_like, version, whole_of
-from lightning_fgsgd.update import Update, compiles, finite_sums, move_all, refuse, shares_of_all, together, undisturbed
+from lightning_fgsgd.update import Update, compiles, options_of, undisturbed
 
 __all__ = ["FGSGD"]
 
@@ -109,6 +110,7 @@ class FGSGD(torch.optim.Optimizer):
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
         self._chunk = 0  # how many numbers of a weight torch's operations are given at a time; 0: to be found
+        self._prepared = Prepared()
         given = params if isinstance(params, Tensor) else list(params)  # a Tensor is torch's to refuse
         carriers = [x for x in (params, *given) if isinstance(x, POMParamGroups | POMParamGroup)]
         plans = list({id(x.plan): x.plan for x in carriers}.values())
@@ -281,19 +283,17 @@ class FGSGD(torch.optim.Optimizer):
         left_out = self._place_unfrozen() if self._waits else set()
         updates, free = self._updates(left_out)
         self._check(updates)
-        sums, finite = finite_sums(updates)
-        shares = shares_of_all(updates, sums, finite)
-        bound = [i for i, u in enumerate(updates) if u.pom.constrains]
-        moved, answers = move_all([updates[i] for i in bound], [shares[i] for i in bound])
-        for update, share in zip(updates, shares, strict=True):
-            if not update.pom.constrains:
-                update.move_freely(share)
+        if not self._prepared.suits(updates):
+            self._prepared = Prepared(updates)
+        sums, finite = self._prepared.finite_sums(updates)
+        shares = self._prepared.shares(updates, sums, finite)
+        moved, answers = self._prepared.move(updates, shares)
         # One answer to the host: steps that are too long for the fast retraction are as good as never taken.
         answers += [] if finite is None else [finite]
         if answers and not bool(together(answers).all()):
             if finite is not None and not bool(finite):
                 refuse(updates, sums)
-            late = [(updates[i], shares[i], m) for i, m in zip(bound, moved, strict=True) if not bool(m.all())]
+            late = [(updates[i], shares[i], m) for i, m in moved.items() if not bool(m.all())]
             self._bring_back([update for update, _, _ in late])
             for update, share, m in late:
                 update.move_far(share, m)
@@ -323,7 +323,7 @@ class FGSGD(torch.optim.Optimizer):
             # A step by torch's operations holds up to eighteen tensors of one: together the largest weight, or 5 % of all.
             self._chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
         for group in self.param_groups:
-            plain = []
+            plain, options = [], options_of(group)
             for p in group["params"]:
                 if p.grad is None or p in left_out:
                     continue
@@ -332,7 +332,7 @@ class FGSGD(torch.optim.Optimizer):
                     plain.append(p)
                 else:
                     compiled = compiles(group["fused"], p.device)
-                    updates.append(Update(p, pom.follow(p), group, self.state[p], compiled, self._chunk))
+                    updates.append(Update(p, pom.follow(p), group, options, self.state[p], compiled, self._chunk))
             free.append((plain, group))
         return updates, free
 
@@ -431,6 +431,7 @@ class FGSGD(torch.optim.Optimizer):
             "_plan": self._plan,
             "_waits": self._waits,
             "_chunk": self._chunk,
+            "_prepared": Prepared(),
             "_unplaced": {},
             "_versions": {},
         }

@@ -1,10 +1,10 @@
-"""What a step does to one constrained weight, and by which path."""
+"""What a step does to one constrained weight, and by which code."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,26 +15,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
-from lightning_fgsgd import checks, eager, fused, fused_gpu
+from lightning_fgsgd import eager, fused, fused_gpu
 from lightning_fgsgd.average import distance_to_average
 from lightning_fgsgd.job import Job
 from lightning_fgsgd.manifolds import working_dtype
 from lightning_fgsgd.pom import POM
-from lightning_fgsgd.sharding import add_up, anywhere, local, opened, split_like
+from lightning_fgsgd.sharding import add_up, local, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
-__all__ = [
-    "Update",
-    "compiles",
-    "finite_sums",
-    "move_all",
-    "refuse",
-    "shares_of_all",
-    "sums_of_all",
-    "together",
-    "undisturbed",
-]
+__all__ = ["Update", "compiles", "options_of", "undisturbed"]
 
 
 def compiles(wanted: bool | None, device: torch.device | str = "cpu") -> bool:
@@ -105,7 +95,13 @@ def _exact_products() -> Iterator[None]:
             b.fp32_precision = precision
 
 
-@dataclass
+def options_of(group: Mapping[str, Any]) -> Options:
+    """The numbers of a step of a parameter group whose momentum, if there is one, has begun."""
+    sign, lr = -1.0 if group["maximize"] else 1.0, float(group["lr"])  # lr may be a tensor
+    return Options(sign, group["weight_decay"], lr, group["momentum"], 1.0 - group["dampening"])
+
+
+@dataclass(eq=False)
 class Update:
     """One weight in one step.
 
@@ -113,6 +109,7 @@ class Update:
         weight: the parameter.
         pom: its products of manifolds.
         group: its parameter group.
+        options: the numbers that :func:`options_of` finds in it.
         state: its state, which a momentum buffer is put into.
         compiled: whether compiled code may be used.
         chunk: how many numbers the eager path works on at a time.
@@ -121,6 +118,7 @@ class Update:
     weight: Tensor
     pom: POM
     group: Mapping[str, Any]
+    options: Options
     state: dict[str, Any]
     compiled: bool
     chunk: int
@@ -128,14 +126,9 @@ class Update:
     def __post_init__(self) -> None:
         assert self.weight.grad is not None
         self.grad = split_like(self.weight.grad, self.weight)
-        self._first = self.group["momentum"] != 0 and "momentum_buffer" not in self.state
-
-    @property
-    def _options(self) -> Options:
-        group = self.group
-        fresh = 1.0 if self._first else 1.0 - group["dampening"]
-        sign, lr = -1.0 if group["maximize"] else 1.0, float(group["lr"])  # lr may be a tensor
-        return Options(sign, group["weight_decay"], lr, group["momentum"], fresh)
+        self._first = self.options.momentum != 0 and "momentum_buffer" not in self.state
+        if self._first:
+            self.options = self.options._replace(fresh=1.0)
 
     @property
     def can_wait(self) -> bool:
@@ -148,8 +141,8 @@ class Update:
             self.state.pop("momentum_buffer", None)
 
     @functools.cached_property
-    def job(self) -> tuple[ModuleType, Job] | None:
-        """What compiled code is to do, but for 1/𝔤, and which code; None where that is not for it.
+    def job(self) -> Job | None:
+        """What is to be done, but for 1/𝔤, where compiled code may do it for many weights at once.
 
         Weights that are gathered for the step have none here: :meth:`sums` and :meth:`move` do them one by one.
         """
@@ -161,22 +154,38 @@ class Update:
             weight, grad, buffer = local(weight), local(grad), None if buffer is None else local(buffer)
         return self._job(weight, grad, buffer)
 
-    def _job(self, weight: Tensor, grad: Tensor, buffer: Tensor | None) -> tuple[ModuleType, Job] | None:
-        code = next((c for c in (fused_gpu, fused) if self.compiled and c.suits(self.pom, weight, grad, buffer)), None)
-        if code is None:
-            return None
+    @functools.cached_property
+    def form(self) -> tuple[Any, ...]:
+        """What decides how the weight is stepped, but for addresses and numbers: :class:`Prepared` is kept while it stays.
+
+        The products of manifolds, and what is noted of them, which is made anew when R changes, go in by identity.
+        """
+        group, job = self.group, self.job
+        told = id(self.pom), id(self.pom.layouts), group["metric"], group["rho"], group["nesterov"]
+        tensors = () if job is None else (job.weight, job.grad, *(() if job.buffer is None else (job.buffer,)))
+        return *told, *((x.stride(), x.dtype, x.device) for x in tensors)
+
+    def _job(self, weight: Tensor, grad: Tensor, buffer: Tensor | None) -> Job:
         group = self.group
-        weight = weight.clone() if group["lr"] == 0 else weight
-        return code, Job(self.pom, weight, grad, buffer, None, group["metric"], self._options, group["nesterov"])
+        weight = weight.clone() if self.options.lr == 0 else weight
+        return Job(self.pom, weight, grad, buffer, group["metric"], self.options, group["nesterov"])
+
+    def code(self, job: Job | None) -> ModuleType | None:
+        """Which compiled code does a job; None where torch's operations do it."""
+        if job is None or not self.compiled:
+            return None
+        return next(
+            (code for code in (fused_gpu, fused) if code.suits(job.pom, job.weight, job.grad, job.buffer)), None
+        )
 
     def sums(self) -> Tensor:
         """Sums of ‖gradL(ω)‖² over the components of every group in this process, (G,): R_g² of Theorem 1."""
         with opened(self.pom.shard, self.weight, self.grad) as (weight, grad):
-            if compiled := self._job(weight, grad, None):
-                code, job = compiled
-                found: Tensor = code.group_squares([job])[0]
+            job = self._job(weight, grad, None)
+            if code := self.code(job):
+                found: Tensor = code.Launches([job], "squares").squares([job])[0]
                 return found
-            args = self.pom, weight, grad, self.group["metric"], self._options
+            args = self.pom, weight, grad, self.group["metric"], self.options
             return self.pom.group_sums(eager.squares(*args, self.chunk))
 
     def shares(self, sums: Tensor | None) -> Tensor:
@@ -206,19 +215,18 @@ class Update:
         At a learning rate of 0 the weight stays as it is, also where it is not on its manifolds.
         """
         with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
-            if compiled := self._job(weight, grad, buffer):
-                code, job = compiled
-                moved: Tensor = code.advance([job._replace(share=shares)])[0][0]
+            job = self._job(weight, grad, buffer)
+            if code := self.code(job):
+                moved: Tensor = code.Launches([job]).advance([job], [shares])[0][0]
                 return moved
-            weight = weight.clone() if self.group["lr"] == 0 else weight
-            args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
+            args = self.pom, job.weight, grad, buffer, shares, job.metric, self.options, job.nesterov
             return eager.advance(*args, self.chunk)
 
     def move_far(self, shares: Tensor, moved: Tensor) -> None:
         """Move the components that :meth:`move` left, for their steps are longer than its retraction is made for."""
         with opened(self.pom.shard, self.weight, self.grad, self._buffer(), write=True) as (weight, grad, buffer):
-            weight = weight.clone() if self.group["lr"] == 0 else weight
-            args = self.pom, weight, grad, buffer, shares, self.group["metric"], self._options, self.group["nesterov"]
+            job = self._job(weight, grad, buffer)
+            args = self.pom, job.weight, grad, buffer, shares, job.metric, self.options, job.nesterov
             eager.advance_far(*args, (~moved).nonzero()[:, 0])
 
     def move_freely(self, shares: Tensor) -> None:
@@ -243,121 +251,7 @@ class Update:
         like, buffer, dtype = self.weight, self.state.get("momentum_buffer"), dtype or working_dtype(self.weight)
         if buffer is None:
             buffer = torch.zeros_like(like, dtype=dtype)
-        elif buffer.stride() != like.stride() or buffer.dtype != dtype:
+        elif buffer.stride() != like.stride() or buffer.dtype != dtype or buffer.device != like.device:
             buffer = torch.empty_like(like, dtype=dtype).copy_(buffer)
         self.state["momentum_buffer"] = buffer
         return buffer
-
-
-# All weights of a step -----------------------------------------------------------------------------------------------
-
-
-def sums_of_all(updates: Sequence[Update]) -> list[Tensor | None]:
-    """R_g² of the groups of each weight, see :meth:`Update.sums`; None without 𝔤."""
-    wanted = {i: u for i, u in enumerate(updates) if u.group["rho"] is not None}
-    found: dict[int, Tensor] = {}
-    for code, jobs in _by_code({i: u.job for i, u in wanted.items()}):
-        found |= zip(jobs, code.group_squares(list(jobs.values())), strict=True)
-    return [None if i not in wanted else found[i] if i in found else u.sums() for i, u in enumerate(updates)]
-
-
-def _by_code(jobs: Mapping[int, tuple[ModuleType, Job] | None]) -> Iterator[tuple[ModuleType, dict[int, Job]]]:
-    """The numbered jobs of each compiled code: it does all of them at once."""
-    for code in (fused_gpu, fused):
-        mine = {i: found[1] for i, found in jobs.items() if found is not None and found[0] is code}
-        if mine:
-            yield code, mine
-
-
-def finite_sums(updates: Sequence[Update]) -> tuple[list[Tensor | None], Tensor | None]:
-    """R_g² as of :func:`sums_of_all`, over all processes, when gradients are known to be finite.
-
-    Or before that, with one bool that will say it, so that the host does not wait for the backward pass: where it turns out
-    not to hold, :func:`shares_of_all` lets nothing move, and :func:`refuse` is to follow.
-
-    Raises:
-        FloatingPointError: gradients are not finite, or too large.
-    """
-    shards = [update.pom.shard for update in updates]
-    sums = sums_of_all(updates)
-    spread = {i: (s, x) for i, (s, x) in enumerate(zip(shards, sums, strict=True)) if s and s.spread and x is not None}
-    for i, found in add_up(spread).items():
-        sums[i] = found
-    known = [x for x in sums if x is not None]
-    if not known:
-        return sums, None
-    # By device: a model may be spread over several.
-    devices = dict.fromkeys(x.device for x in known)
-    worst = together(torch.cat([x for x in known if x.device == device]).max() for device in devices)
-    finite = worst.max() <= checks.LARGEST_GRADIENT**2
-    if all(update.can_wait for update in updates):
-        return sums, finite
-    bad = not bool(finite)
-    if any(shards):
-        bad = any(anywhere([bad] * len(shards), shards, updates[0].grad.device))
-    if bad:
-        refuse(updates, sums)
-    return sums, None
-
-
-def together(answers: Iterable[Tensor]) -> Tensor:
-    """One number each of weights that may be on several devices, as one tensor on the first's."""
-    first, *others = answers
-    return torch.stack([first, *(x.to(first.device) for x in others)])
-
-
-def refuse(updates: Sequence[Update], sums: Sequence[Tensor | None]) -> None:
-    """Refuse weights or gradients that are not finite or too large, before a step, or after one that moved nothing for that.
-
-    Raises:
-        FloatingPointError: always.
-    """
-    for update in updates:
-        update.undo()
-    checks.gradients([(u.pom.name, local(u.grad)) for u in updates], [u.pom.shard for u in updates])
-    checks.weights([(u.pom.name, local(u.weight)) for u in updates])
-    # They are large in their metric alone, as where weights had stood at next to 0 when they were placed.
-    raise checks.too_large([(u.pom.name, x) for u, x in zip(updates, sums, strict=True) if x is not None])
-
-
-def shares_of_all(
-    updates: Sequence[Update], sums: Sequence[Tensor | None], finite: Tensor | None = None
-) -> list[Tensor]:
-    """1/𝔤 of the groups of each weight, see :meth:`Update.shares`: at once for all whose ρ is the same.
-
-    NaN, with which no component moves, where ``finite`` (one bool) is given and does not hold.
-    """
-    shares: dict[int, Tensor] = {}
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, (update, of_groups) in enumerate(zip(updates, sums, strict=True)):
-        rho = update.group["rho"]
-        if of_groups is None or isinstance(rho, str):
-            shares[i] = update.shares(of_groups)
-        else:
-            alike.setdefault((rho, working_dtype(update.weight), of_groups.device), []).append(i)
-    for (rho, dtype, _), members in alike.items():
-        norms = torch.cat([sums[i] for i in members]).sqrt().to(dtype)  # type: ignore[misc]
-        curvature = torch.cat([updates[i].pom.curvatures(updates[i].group["metric"]) for i in members])
-        of_all = 1 / step_normalizer(norms, rho, curvature)
-        of_all = of_all if finite is None else torch.where(finite.to(of_all.device), of_all, torch.nan)
-        shares |= zip(members, of_all.split([updates[i].pom.num_groups for i in members]), strict=True)
-    return [shares[i] for i in range(len(updates))]
-
-
-def move_all(updates: Sequence[Update], shares: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Move all constrained weights and their momenta.
-
-    Returns:
-        Which components of each were moved, see :meth:`Update.move`; and whether all of them were, a few answers for all.
-    """
-    moved: dict[int, Tensor] = {}
-    whole: list[Tensor] = []
-    for code, jobs in _by_code({i: u.job for i, u in enumerate(updates)}):
-        masks, answers = code.advance([job._replace(share=shares[i]) for i, job in jobs.items()])
-        moved |= zip(jobs, masks, strict=True)
-        whole += answers
-    for i, (update, share) in enumerate(zip(updates, shares, strict=True)):
-        if i not in moved:
-            moved[i] = update.move(share)
-            whole.append(moved[i].all())
-    return [moved[i] for i in range(len(updates))], whole

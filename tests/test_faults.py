@@ -337,7 +337,7 @@ def test_an_exception_in_mid_epoch_leaves_a_model_that_can_be_used_and_callbacks
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("fused", [None, False])
 def test_an_interrupt_between_the_weights_of_a_step_leaves_each_before_or_after_it(tmp_path, monkeypatch, fused):
-    move, advance, calls = Update.move, fused_step.advance, []
+    move, advance, calls = Update.move, fused_step.Launches.advance, []
 
     def interrupted(update, shares):
         calls.append(update.pom.name)
@@ -345,11 +345,11 @@ def test_an_interrupt_between_the_weights_of_a_step_leaves_each_before_or_after_
             raise KeyboardInterrupt
         return move(update, shares)
 
-    def interrupted_code(jobs):  # of all weights in one call
+    def interrupted_code(launches, jobs, shares):  # of all weights in one call
         calls.append(len(jobs))
         if len(calls) < 5:
-            return advance(jobs)
-        advance(jobs[:6])
+            return advance(launches, jobs, shares)
+        advance(fused_step.Launches(jobs[:6]), jobs[:6], shares[:6])
         raise KeyboardInterrupt
 
     class Kept(Callback):
@@ -359,7 +359,7 @@ def test_an_interrupt_between_the_weights_of_a_step_leaves_each_before_or_after_
     module, given, kept = resnet(), callbacks(), Kept()
     module.fused = fused
     monkeypatch.setattr(Update, "move", interrupted)
-    monkeypatch.setattr(fused_step, "advance", interrupted_code)
+    monkeypatch.setattr(fused_step.Launches, "advance", interrupted_code)
     fit = trainer(tmp_path, *given, kept, max_epochs=3)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit.fit(module, images())

@@ -1,6 +1,7 @@
 """Compiled code does what torch's operations do, on every layout, whatever the shape; and gives way where it cannot."""
 
 import copy
+import itertools
 import subprocess
 import sys
 import warnings
@@ -77,12 +78,23 @@ def optimizer_state(optimizer):
     return [optimizer.state[p]["momentum_buffer"] for p in optimizer.poms if "momentum_buffer" in optimizer.state[p]]
 
 
+def launched(monkeypatch):
+    """The names of the weights that compiled code moves, a list for each launch."""
+    seen, advance = [], fused.Launches.advance
+
+    def noted(self, jobs, shares):
+        seen.append([job.pom.name for job in jobs])
+        return advance(self, jobs, shares)
+
+    monkeypatch.setattr(fused.Launches, "advance", noted)
+    return seen
+
+
 @pytest.mark.parametrize("groups", [24, 200, "each"])
 @pytest.mark.parametrize("scheme", ["pi", "po", "pio"])
 def test_with_any_number_of_groups_compiled_steps_equal_those_by_torchs_operations(monkeypatch, scheme, groups):
     # Few groups are told apart by comparing; of many the number is read, from a byte or from four.
-    seen, advance = [], fused.advance
-    monkeypatch.setattr(fused, "advance", lambda jobs: seen.extend(j.pom.name for j in jobs) or advance(jobs))
+    seen = launched(monkeypatch)
     found = []
     for fused_ in (False, True):
         torch.manual_seed(3)
@@ -91,7 +103,7 @@ def test_with_any_number_of_groups_compiled_steps_equal_those_by_torchs_operatio
             model.append(nn.Conv2d(230, 230, 3, bias=False).double())  # pools that have as many in every scheme
         optimizer = run(model, fused_, scheme=scheme, groups=groups, momentum=0.9, rescale=True)
         found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
-    assert set(seen) == {pom.name for pom in optimizer.poms.values()}
+    assert set(itertools.chain(*seen)) == {pom.name for pom in optimizer.poms.values()}
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
@@ -131,8 +143,7 @@ def blocks_agree(layout, **options):
 @pytest.mark.parametrize("kernel", [(16, 16), (8, 11)], ids=str)
 @pytest.mark.usefixtures("quickly_compiled")
 def test_compiled_kernels_that_are_large_equal_those_by_torchs_operations(monkeypatch, kernel, start, scheme):
-    seen, advance = [], fused.advance
-    monkeypatch.setattr(fused, "advance", lambda jobs: seen.extend(j.pom.name for j in jobs) or advance(jobs))
+    seen = launched(monkeypatch)
     found = []
     for fused_ in (False, True):
         torch.manual_seed(3)
@@ -149,7 +160,7 @@ def test_compiled_kernels_that_are_large_equal_those_by_torchs_operations(monkey
         optimizer.step()
         found.append([*(p.detach() for p in model.parameters()), *optimizer_state(optimizer)])
         assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-12
-    assert seen == ["0.weight", "1.weight", "2.weight"] * 4
+    assert seen == [["0.weight", "1.weight", "2.weight"]] * 4
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
@@ -183,8 +194,7 @@ def test_a_weight_whose_layout_changes_between_steps_goes_on_as_by_torchs_operat
 
 
 def test_compiled_code_is_what_runs_and_the_others_are_left_to_torch(monkeypatch):
-    seen, advance = [], fused.advance
-    monkeypatch.setattr(fused, "advance", lambda jobs: seen.append([j.pom.name for j in jobs]) or advance(jobs))
+    seen = launched(monkeypatch)
     model = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 7), nn.Linear(8, 8)])
     run(model, True, steps=2)
     assert seen == [["0.weight", "2.weight"]] * 2  # all at once

@@ -99,7 +99,7 @@ def test_every_layer_is_stepped_by_it_and_those_alike_by_one_launch(monkeypatch)
     monkeypatch.setattr(
         fused_gpu.Launch,
         "run",
-        lambda self, shares: launches.append([j.pom.name for j in self.jobs]) or run_launch(self, shares),
+        lambda self, jobs, *shares: launches.append([j.pom.name for j in jobs]) or run_launch(self, jobs, *shares),
     )
     model = nn.Sequential(
         *(nn.Conv2d(a, b, 3) for a, b in ((3, 5), (7, 2), (2, 7))), nn.Linear(31, 64), nn.Linear(9, 48)

@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from lightning_fgsgd import FGSGD, pom_param_groups
 from lightning_fgsgd.grouping import pack, unpack
 from lightning_fgsgd.plan import draw_plan
-from lightning_fgsgd.update import together
+from lightning_fgsgd.prepared import together
 from tests import reference
 
 MANIFOLDS = [("sphere",), ("oblique",), ("stiefel",), ("sphere", "oblique", "stiefel"), ("stiefel", "euclidean")]
