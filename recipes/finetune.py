@@ -2,6 +2,7 @@
 
     python -m recipes.finetune fit                                      # EfficientNet-Lite0 on handwritten digits
     python -m recipes.finetune fit --model.optimizer sgd                # the same run with plain SGD
+    python -m recipes.finetune fit --config recipes/configs/few_images.yaml
     python -m recipes.finetune fit --config recipes/configs/cifar10.yaml
 
 Without ``--config``, ``recipes/configs/digits.yaml`` holds.

@@ -97,10 +97,10 @@ def test_every_config_is_accepted_and_pretrained(config, capsys):
         finetune.main(["fit", "--config", str(config), "--print_config"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    if config.stem != "digits":
+    if config.stem not in ("digits", "few_images"):
         assert "pretrained: true" in printed
     assert "lightning_fgsgd.POMGrouping" in printed
-    assert "lightning_fgsgd.FeatureStdRescaling" in printed
+    assert ("lightning_fgsgd.FeatureStdRescaling" in printed) == (config.stem != "few_images")
 
 
 @pytest.mark.parametrize("config", ["fashion_mnist", "image_folder"])
@@ -131,6 +131,25 @@ def test_ready_configs_train_on_real_files(tmp_path, config):
     )
     optimizer = cli.trainer.optimizers[0]
     assert len(optimizer.poms) == 14  # stem 3, blocks 8, downsampling 3
+    assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
+
+
+def test_few_images_turns_filters_on_spheres_of_their_own_and_leaves_norms_as_they_are(tmp_path):
+    config = ROOT / "recipes" / "configs" / "few_images.yaml"
+    network = "--model.model=resnet10t", "--model.pretrained=false", "--data.image_size=32", "--data.batch_size=8"
+    small = "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"
+    cpu = "--trainer.accelerator=cpu", "--trainer.devices=1"
+    cli = finetune.main(["fit", "--config", str(config), *network, *small, *cpu, saved_in(tmp_path)])
+    optimizer, net = cli.trainer.optimizers[0], cli.model.model
+    for pom in optimizer.poms.values():
+        assert pom.cutting.count == pom.num_groups == pom.cutting.shape[0]  # one group an output channel
+        assert {m.name for m in pom.manifolds.values()} == {"sphere"}
+    assert len(optimizer.poms) == 14
+    decayed = {p for group in optimizer.param_groups for p in group["params"] if group["weight_decay"]}
+    assert decayed.difference(optimizer.poms) == {net.get_classifier().weight}  # on manifolds it does nothing
+    rates = {group["initial_lr"] for group in optimizer.param_groups if not optimizer.pom(group["params"][0])}
+    assert sorted(rates) == [pytest.approx(0.004)]
+    assert float(net.bn1.running_mean.abs().max()) == 0.0
     assert max(optimizer.distance(p) for p in optimizer.poms) < 1e-5
 
 
