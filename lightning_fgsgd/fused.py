@@ -157,10 +157,13 @@ class Launches:
 
     def __init__(self, jobs: Sequence[Job], kind: str | None = None) -> None:
         self._squares = kind == "squares"
-        self._told = [_told(job, kind or job.kind) for job in jobs]
+        told = [_told(job, kind or job.kind) for job in jobs]
+        self._told = [(x.kernel, x.layout, x.addresses, x.room) for x in told]  # and not the tensors: R may be set anew
         self._sizes = [job.pom.num_groups if self._squares else job.pom.cutting.count for job in jobs]
         self._starts = [0, *itertools.accumulate(self._sizes)]
-        self._threads = 0
+        self._threads = 0  # of the tables; 0: none are made
+        self._tables: list[tuple[Any, list[int], array[int]]] = []
+        self._room = 0
 
     def squares(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Sums of ‖gradL(ω)‖² over the groups of each weight, (G,) each, in double precision."""
@@ -182,8 +185,11 @@ class Launches:
         return list(moved.split(self._sizes)), [moved.view(torch.uint8).min().bool()]
 
     def _run(self, jobs: Sequence[Job], shares: list[int], **found: Tensor) -> None:
-        if self._threads != torch.get_num_threads():
-            self._lay_out(jobs)
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            # Whole or not at all, also where an interrupt comes in between.
+            self._tables, self._room = self._lay_out(jobs, threads)
+            self._threads = threads
         numbers = [_numbers(job) for job in jobs]
         space = torch.empty(self._room, dtype=torch.uint8, device="cpu")
         fresh = {
@@ -201,19 +207,19 @@ class Launches:
                 table[COLUMNS.index(name) :: len(COLUMNS)] = array("q", [addresses[i] for i in members])
             kernel(len(members), table.buffer_info()[0])
 
-    def _lay_out(self, jobs: Sequence[Job]) -> None:
-        """Make the tables, and find out how much room the code needs to work in, which depends on the number of threads."""
-        self._threads, self._room = torch.get_num_threads(), 0
+    def _lay_out(self, jobs: Sequence[Job], most_threads: int) -> tuple[list[tuple[Any, list[int], array[int]]], int]:
+        """The tables, by code, and how many bytes of room it needs to work in."""
         tables: dict[int, tuple[Any, list[int], array[int]]] = {}  # by id: functions of a library have no hash
-        for i, (job, told) in enumerate(zip(jobs, self._told, strict=True)):
-            threads = self._threads if job.weight.numel() >= 2**14 else 1
-            of_pom = dict(zip("UVRMS", told.addresses, strict=True))
-            known = {"threads": threads, "layout": told.layout.buffer_info()[0], **of_pom}
-            _, members, table = tables.setdefault(id(told.kernel), (told.kernel, [], array("q")))
+        most = 0
+        for i, (job, (kernel, layout, addresses, room)) in enumerate(zip(jobs, self._told, strict=True)):
+            threads = most_threads if job.weight.numel() >= 2**14 else 1
+            of_pom = dict(zip("UVRMS", addresses, strict=True))
+            known = {"threads": threads, "layout": layout.buffer_info()[0], **of_pom}
+            _, members, table = tables.setdefault(id(kernel), (kernel, [], array("q")))
             members.append(i)
             table.extend(known.get(name, 0) for name in COLUMNS)
-            self._room = max(self._room, threads * told.room[0] + told.room[1])
-        self._tables = list(tables.values())
+            most = max(most, threads * room[0] + room[1])
+        return list(tables.values()), most
 
 
 class _Told(NamedTuple):

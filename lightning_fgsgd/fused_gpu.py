@@ -190,10 +190,13 @@ class Launches:
         found: dict[int, Tensor] = {}
         whole = []
         for members, launch in self._launches:
-            moved = launch.run([jobs[i] for i in members], [shares[i] for i in members]).view(torch.bool)
+            mine = [jobs[i] for i in members]
+            moved = launch.run(mine, [shares[i] for i in members]).view(torch.bool)
+            torch.autograd.graph.increment_version(
+                [x for job in mine for x in (job.weight, job.buffer) if x is not None]
+            )
             whole.append(moved.all())
             found |= zip(members, moved.split(launch.sizes), strict=True)
-        torch.autograd.graph.increment_version([x for job in jobs for x in (job.weight, job.buffer) if x is not None])
         return [found[i] for i in range(len(jobs))], whole
 
 

@@ -1,4 +1,4 @@
-"""What compiled code is to do to one weight."""
+"""What a step is to do to one weight, as its code is told."""
 
 from __future__ import annotations
 

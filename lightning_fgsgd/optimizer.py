@@ -416,7 +416,7 @@ class FGSGD(torch.optim.Optimizer):
                 p.detach().copy_(before)
         self._unplaced.clear()
         self._versions.clear()
-        self._poms = poms
+        self._poms, self._prepared = poms, Prepared()
         if replaced:
             warnings.warn(
                 f"FGSGD: the manifolds, groups or start of {len(replaced)} weights ({replaced[0]} first) are those of the "

@@ -87,6 +87,9 @@ class POM:
             i: get_manifold(name) for i, name in enumerate(sets.manifold_names) if bool((sets.manifold == i).any())
         }
         self.constrains = any(m.name != "euclidean" for m in self.manifolds.values())
+        self.edition = (
+            0  # how often R, or where and in which precision it is held, was set: what is told of it is then new
+        )
         self.set_radius(radius)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,6 +193,7 @@ class POM:
         self.all_ones = bool((self._radius == 1).all())
         self._curvatures: dict[str, Tensor] = {}
         self.layouts: dict[Any, Any] = {}  # what compiled code is told of the weight, made when it is first run
+        self.edition += 1
 
     def on(self, manifold_name: str) -> Tensor:
         """Which components live on a manifold, bool (k,)."""

@@ -31,11 +31,12 @@ class Prepared:
 
     def __init__(self, updates: Sequence[Update] = ()) -> None:
         self._forms = [update.form for update in updates]
-        # They name these by their ids, which nothing else has for as long as these are.
-        self._named = [(update.pom, update.pom.layouts) for update in updates]
+        # Forms name these by their ids, which nothing else has for as long as these are.
+        self._named = [update.pom for update in updates]
         codes = [update.code(update.job) for update in updates]
         self._with_norm = [i for i, update in enumerate(updates) if update.group["rho"] is not None]
         self._constrained = [i for i, update in enumerate(updates) if update.pom.constrains]
+        self._free = [i for i, update in enumerate(updates) if not update.pom.constrains]
         self._squares = list(_launches(updates, codes, self._with_norm, "squares"))
         self._moves = list(_launches(updates, codes, self._constrained, None))
         self._waits = all(update.can_wait for update in updates)
@@ -129,7 +130,7 @@ class Prepared:
             if i not in moved:
                 moved[i] = updates[i].move(shares[i])
                 whole.append(moved[i].all())
-        for i in sorted(set(range(len(updates))).difference(self._constrained)):
+        for i in self._free:
             updates[i].move_freely(shares[i])
         return {i: moved[i] for i in self._constrained}, whole
 

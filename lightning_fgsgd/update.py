@@ -109,7 +109,7 @@ class Update:
         weight: the parameter.
         pom: its products of manifolds.
         group: its parameter group.
-        options: the numbers that :func:`options_of` finds in it.
+        options: the numbers that :func:`options_of` finds in it, but for a momentum that begins.
         state: its state, which a momentum buffer is put into.
         compiled: whether compiled code may be used.
         chunk: how many numbers the eager path works on at a time.
@@ -158,10 +158,10 @@ class Update:
     def form(self) -> tuple[Any, ...]:
         """What decides how the weight is stepped, but for addresses and numbers: :class:`Prepared` is kept while it stays.
 
-        The products of manifolds, and what is noted of them, which is made anew when R changes, go in by identity.
+        The products of manifolds go in by identity.
         """
         group, job = self.group, self.job
-        told = id(self.pom), id(self.pom.layouts), group["metric"], group["rho"], group["nesterov"]
+        told = id(self.pom), self.pom.edition, group["metric"], group["rho"], group["nesterov"]
         tensors = () if job is None else (job.weight, job.grad, *(() if job.buffer is None else (job.buffer,)))
         return *told, *((x.stride(), x.dtype, x.device) for x in tensors)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fgsgd import FGSGD, pom_param_groups
+from lightning_fgsgd import FGSGD, fused, pom_param_groups
 from lightning_fgsgd.cpp import COLUMNS
 from lightning_fgsgd.prepared import Prepared
 from lightning_fgsgd.stepsize import step_normalizer
@@ -204,6 +204,55 @@ def test_neither_gradients_nor_weights_live_longer_for_it():
     del model, optimizer
     assert prepared is not None
     assert not any(ref() is not None for ref in (*weights, *momenta))
+
+
+@pytest.mark.parametrize("change", [load, rescale, double], ids=lambda change: change.__name__)
+def test_nothing_of_manifolds_as_they_were_lives_longer_for_it(change):
+    model = network()
+    optimizer = FGSGD(pom_param_groups(model, block_size=4), lr=0.05, momentum=0.9)
+    with_gradients(model, 0)
+    optimizer.step()
+    old = [weakref.ref(x) for pom in optimizer.poms.values() for x in (pom._radius, pom.group) if not pom.cutting.small]
+    before = [weakref.ref(pom._radius) for pom in optimizer.poms.values()]
+    change(model, optimizer)
+    assert len(optimizer.poms) == 4  # which follow their weights
+    alive = [ref() is not None for ref in (before if change is not rescale else before[:1])]
+    assert not any(alive)
+    assert change is not load or not any(ref() is not None for ref in old)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("at", [1, 2])  # while norms are prepared, and while the move is
+@pytest.mark.parametrize("again", [False, True])
+def test_a_step_that_was_interrupted_while_it_was_prepared_is_taken_whole_the_next_time(monkeypatch, again, at):
+    class Interrupting(list):
+        def __iter__(self):
+            yield from list(super().__iter__())[:2]
+            raise KeyboardInterrupt
+
+    lay_out, found = fused.Launches._lay_out, []
+    for interrupts in (True, False):
+        model = with_gradients(network(), 0)
+        optimizer = FGSGD(pom_param_groups(model), lr=0.05)
+        if again:
+            torch.set_num_threads(1)
+            optimizer.step()
+            torch.set_num_threads(2)
+        calls = []
+
+        def interrupted(self, jobs, threads, calls=calls):
+            calls.append(len(jobs))
+            return lay_out(self, Interrupting(jobs) if len(calls) == at else jobs, threads)
+
+        if interrupts:
+            monkeypatch.setattr(fused.Launches, "_lay_out", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+            monkeypatch.undo()
+        optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_copy_of_an_optimizer_steps_as_the_one_it_was_copied_from():
