@@ -104,7 +104,7 @@ class Prepared:
             of_weights = [updates[i] for i in members]
             if key not in self._curvatures:
                 self._curvatures[key] = torch.cat([u.pom.curvatures(u.group["metric"]) for u in of_weights])
-            norms = torch.cat([sums[i] for i in members]).sqrt().to(dtype)  # type: ignore[misc]
+            norms = torch.cat([x for i in members if (x := sums[i]) is not None]).sqrt().to(dtype)
             of_all = 1 / step_normalizer(norms, rho, self._curvatures[key])
             of_all = of_all if finite is None else torch.where(finite.to(of_all.device), of_all, torch.nan)
             shares |= zip(members, of_all.split([u.pom.num_groups for u in of_weights]), strict=True)
