@@ -96,6 +96,34 @@ def plot_curves(
     return path
 
 
+def plot_turning(turning: Mapping[str, Sequence[Sequence[Row]]], reference: str, path: Path) -> Path:
+    """How filters turn over epochs, means over seeds, an arm a line.
+
+    Args:
+        turning: by arm, the rows of ``turning.csv`` of its runs.
+        reference: the arm that is drawn in black.
+        path: where to save.
+    """
+    shown = {
+        "turn": "median filter's turn, ° a step",
+        "channels": "share of channels used",
+        "rank": "share of dimensions used",
+    }
+    figure, axes = figure_of(3, width=15.0, height=4.5)
+    for arm, curves in turning.items():
+        for axis, column in zip(axes, shown, strict=True):
+            points = _mean_by_epoch(curves, column)
+            style = {"color": "black", "linewidth": 2} if arm == reference else {"linewidth": 1}
+            axis.plot(list(points), list(points.values()), label=arm, marker=".", **style)
+    for axis, label in zip(axes, shown.values(), strict=True):
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    _logarithmic(axes[0])
+    axes[2].legend(fontsize=7)
+    figure.savefig(path)
+    return path
+
+
 def plot_history(history: Mapping[str, Any], title: str, file: Path) -> list[Path]:
     """Norms and bounds, λ and R by layer and epoch of one run, beside the file that they were read from.
 

@@ -43,7 +43,7 @@ def sgd(
             start is worth from what the manifolds are.
     """
     if unit_rows:
-        for layer in _constrainable(net):
+        for layer in constrainable(net):
             with torch.no_grad():
                 layer.weight.div_(layer.weight.flatten(1).norm(dim=1).view(-1, *[1] * (layer.weight.ndim - 1)))
     if decay not in ("all", "head"):
@@ -63,7 +63,7 @@ def sgd(
     if not decay_kernels:
         if layer_decay is not None:
             raise ValueError("decay_kernels: false goes with no layer_decay")
-        kernels = [layer.weight for layer in _constrainable(net)]
+        kernels = [layer.weight for layer in constrainable(net)]
         rest = [p for p in net.parameters() if not any(p is w for w in kernels)]
         groups = [{"params": kernels, "weight_decay": 0.0}, {"params": rest}]
     if layer_decay is not None:
@@ -136,7 +136,7 @@ def _head_alone_decayed(
 
 def weight_norm(net: nn.Module, **options: Any) -> Optimizer:
     """torch's SGD on weights written as w = g v/‖v‖ by output channel (Salimans & Kingma 2016); not the head's."""
-    for layer in _constrainable(net):
+    for layer in constrainable(net):
         parametrizations.weight_norm(layer)
     return sgd(net, **options)
 
@@ -154,7 +154,7 @@ def muon(
         from timm.optim import Muon  # type: ignore[attr-defined,unused-ignore]
     except ImportError as error:
         raise ImportError("method: muon needs a timm that has timm.optim.Muon, 1.0.20 or newer") from error
-    weights = [layer.weight for layer in _constrainable(net)]
+    weights = [layer.weight for layer in constrainable(net)]
     rest = [p for p in net.parameters() if not any(p is w for w in weights)]
     groups: list[dict[str, Any]] = [
         # Said outright: left to judge by the shape, it hands weights of one input channel (a stem on grey images) to AdamW.
@@ -187,7 +187,7 @@ def geoopt_stiefel(net: nn.Module, lr: float, momentum: float = 0.9, weight_deca
 
     manifold = geoopt.EuclideanStiefel()
     weights: list[Tensor] = []
-    for layer in _constrainable(net):
+    for layer in constrainable(net):
         parametrize.register_parametrization(layer, "weight", _Reshaped(layer.weight))
         held: Any = layer.parametrizations
         matrix = manifold.projx(held.weight.original.detach().clone().contiguous())
@@ -214,6 +214,7 @@ def head_of(net: nn.Module) -> nn.Module:
     return net.get_classifier()  # type: ignore[operator]
 
 
-def _constrainable(net: nn.Module) -> list[Any]:
+def constrainable(net: nn.Module) -> list[Any]:
+    """The layers whose weights FG-SGD constrains by default: convolutions and Linear layers but the classifier."""
     head = set(head_of(net).modules())
     return [m for m in net.modules() if isinstance(m, CONSTRAINABLE) and m not in head]

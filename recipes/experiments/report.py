@@ -11,7 +11,7 @@ from typing import Any
 from lightning_fgsgd.choices import DEFAULT_MANIFOLDS
 from recipes.experiments import figures
 from recipes.experiments.spec import asked_for, tuning_runs
-from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curves, summarise, tuned
+from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curves, summarise, tuned, turned
 
 SHORT = {"sphere": "Sp", "oblique": "Ob", "stiefel": "St", "euclidean": "Euc"}
 MEASURED = {
@@ -47,6 +47,8 @@ def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
     if any(isinstance(row["agreement"], float) for row in rows):
         parts += ["## What is forgotten", forgetting_table(summary)]
         against = (spec["reference"], *against)
+    if turning := _turning(folder, spec, rows):
+        parts += ["## How filters turn", turning_table(turning)]
     parts += [paired_table(rows, {**spec, "reference": arm}) for arm in against]
     if any(options.get("grid") for options in spec["arms"].values()):
         parts += ["## Tuning", tuning_table(rows, spec)]
@@ -109,6 +111,24 @@ def forgetting_table(summary: Sequence[Row]) -> str:
     measured = [name for name in FORGETTING if any(math.isfinite(row[f"{name}_mean"]) for row in summary)]
     lines = [[row["arm"], *(_spread(row, name) for name in measured), str(len(row["seeds"]))] for row in summary]
     return _markdown(["arm", *(MEASURED[name] for name in measured), "seeds"], lines)
+
+
+def turning_table(turning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
+    """How filters turn, by arm, from the epochs of its runs."""
+    lines = []
+    for arm, curves in turning.items():
+        row = turned(curves)
+        angles = [f"{row[name]:.2f}" for name in ("turn_first", "turn_middle", "turn_last")]
+        rest = [f"{row[name]:.2f}" for name in ("unsteady", "filters", "layers")]
+        lines.append([arm, *angles, *rest, f"{row['travel']:.1f}", f"{row['channels']:.2f}", f"{row['rank']:.2f}"])
+    angles = ["° a step, first quarter", "middle", "last quarter"]
+    head = ["arm", *angles, "step to step", "filter to filter", "layer to layer", "° an epoch", "channels used", "rank"]
+    note = (
+        "Angles by which the median filter of a layer turns, means over layers, epochs and seeds. From step to step and "
+        "from filter to filter: deviation over mean; from layer to layer: largest over smallest. Channels used and rank are "
+        "shares, after the last epoch ([turning.py](../../../recipes/experiments/turning.py)).\n\n"
+    )
+    return note + _markdown(head, lines)
 
 
 def paired_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
@@ -185,6 +205,13 @@ def _origin(spec: Mapping[str, Any], rows: Sequence[Row]) -> str:
     )
 
 
+def _turning(folder: Path, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """The rows of ``turning.csv`` of the runs that count, by arm; of the arms that have some."""
+    curves = read_curves(folder, "turning.csv")
+    by_arm = {arm: [curves[r["key"]] for r in finals(rows, arm).values() if r["key"] in curves] for arm in spec["arms"]}
+    return {arm: found for arm, found in by_arm.items() if found}
+
+
 def _figures(folder: Path, spec: Mapping[str, Any], rows: Sequence[Row], summary: Sequence[Row]) -> list[Path]:
     drawn = []
     if summary:
@@ -193,6 +220,8 @@ def _figures(folder: Path, spec: Mapping[str, Any], rows: Sequence[Row], summary
         curves = read_curves(folder)
         by_arm = {arm: [curves[r["key"]] for r in finals(rows, arm).values() if r["key"] in curves] for arm in errors}
         drawn.append(figures.plot_curves(by_arm, summary, spec["reference"], folder / "curves.png"))
+    if turning := _turning(folder, spec, rows):
+        drawn.append(figures.plot_turning(turning, spec["reference"], folder / "turning.png"))
     for arm in spec["arms"]:
         for row in finals(rows, arm).values():
             file = folder / "history" / f"{row['key']}.json"

@@ -15,7 +15,8 @@ An arm with a ``grid`` is first run at each of its points with each of the ``tun
 validation error is what its final runs use. With ``keep: agreement`` (or ``agreement_recalibrated``) it is, of the points
 within one standard error of that, the one whose networks agree most with the pretrained one: errors closer than that cannot
 be told apart by so many validation images. ``tuned_as`` takes the point that another arm chose. ``watch: true`` keeps
-norms, bounds, λ and R of the run with the first seed; ``layout: true`` puts the arm into the table laid out as the paper's.
+norms, bounds, λ and R of the run with the first seed; ``turning: true`` how filters turn, epoch by epoch, of every run;
+``layout: true`` puts the arm into the table laid out as the paper's.
 """
 
 from __future__ import annotations

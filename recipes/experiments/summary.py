@@ -29,9 +29,10 @@ def read(folder: Path) -> list[Row]:
         return [{name: _parse(name, value) for name, value in row.items()} for row in csv.DictReader(lines)]
 
 
-def read_curves(folder: Path) -> dict[str, list[Row]]:
-    """The rows of ``curves.csv`` by run: the last of each epoch, should a run have been cut off and run again."""
-    file = folder / "curves.csv"
+def read_curves(folder: Path, name: str = "curves.csv") -> dict[str, list[Row]]:
+    """The rows of ``curves.csv``, or ``turning.csv``, by run: the last of each epoch, should a run have been cut off and run
+    again."""
+    file = folder / name
     if not file.is_file():
         return {}
     found: dict[str, dict[int, Row]] = {}
@@ -45,6 +46,30 @@ def read_curves(folder: Path) -> dict[str, list[Row]]:
 def finals(rows: Sequence[Row], arm: str) -> dict[int, Row]:
     """The final runs of an arm, by seed."""
     return {int(row["seed"]): row for row in rows if row["stage"] == "final" and row["arm"] == arm}
+
+
+def turned(curves: Sequence[Sequence[Row]]) -> Row:
+    """How filters turned in the runs of one arm, means over runs, see :class:`~recipes.experiments.turning.Turning`.
+
+    Args:
+        curves: the rows of ``turning.csv`` of each run.
+
+    Returns:
+        ``turn`` over the first quarter of the epochs, the half in the middle and the last quarter, as ``turn_first``,
+        ``turn_middle`` and ``turn_last``; ``channels`` and ``rank`` after the last epoch; the others over all epochs.
+    """
+    found: dict[str, list[float]] = {}
+    for rows in curves:
+        n = len(rows)
+        quarter = max(n // 4, 1)
+        parts = {"first": rows[:quarter], "middle": rows[quarter : n - quarter] or rows, "last": rows[n - quarter :]}
+        for part, epochs in parts.items():
+            found.setdefault(f"turn_{part}", []).append(fmean(row["turn"] for row in epochs))
+        for name in ("unsteady", "filters", "layers", "travel"):
+            found.setdefault(name, []).append(fmean(row[name] for row in rows))
+        for name in ("channels", "rank"):
+            found.setdefault(name, []).append(rows[-1][name])
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -8,8 +8,10 @@ import math
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from recipes.experiments.data import Task
 from recipes.experiments.forgetting import Forgetting, photographs
 from recipes.experiments.methods import BASELINES, head_of
 from recipes.experiments.networks import build
+from recipes.experiments.turning import Turning
 
 PACKAGES = ("lightning-fgsgd", "torch", "timm", "pytorch-lightning")
 
@@ -35,7 +38,7 @@ GROUPING = (
     "no_weight_decay",
 )  # fmt: skip
 RESCALING = ("gamma", "clamp", "limit", "every_n_batches")
-MODULE = ("warmup", "power", "euclidean_lr", "frozen_norms", "pull")
+MODULE = ("warmup", "power", "constrained_power", "euclidean_lr", "frozen_norms", "pull")
 OPTIMIZER = ("lr", "momentum", "nesterov", "weight_decay", "rho", "metric")
 # Of choices.py.
 CHOICES = ("assign", "constrain_after", "redraw", "std_of", "carried")
@@ -46,11 +49,13 @@ GREY = {"mean": (0.286,), "std": (0.353,)}
 
 @dataclass
 class Outcome:
-    """What a run gives: its numbers for the row, a dict an epoch, and the history of its layers if it was watched."""
+    """What a run gives: its numbers for the row, a dict an epoch, the history of its layers if it was watched, and how
+    filters turned in each epoch if that was asked for."""
 
     numbers: dict[str, float]
     epochs: list[dict[str, float]] = field(default_factory=list)
     history: dict[str, Any] | None = None
+    turning: list[dict[str, float]] = field(default_factory=list)
 
 
 class Classifier(FGSGDMixin, LightningModule):
@@ -65,6 +70,7 @@ class Classifier(FGSGDMixin, LightningModule):
         power: that the half cosine is taken to: less than 1 falls later. Under weight decay a filter that batch norm
             follows turns by an angle that goes as the square root of the learning rate (Kosson et al. 2024), on a sphere
             as the rate itself.
+        constrained_power: that it is taken to for the weights that FG-SGD constrains, if it is another.
         euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another; that of the last
             layer, with ``layer_decay``.
         frozen_norms: batch norm keeps its running statistics while training.
@@ -83,16 +89,20 @@ class Classifier(FGSGDMixin, LightningModule):
         config: dict[str, Any],
         warmup: float = 0.05,
         power: float = 1.0,
+        constrained_power: float | None = None,
         euclidean_lr: float | None = None,
         frozen_norms: bool = False,
         pull: float = 0.0,
     ) -> None:
         super().__init__()
+        if constrained_power is not None and method != "fgsgd":
+            raise ValueError(f"constrained_power: {method!r} constrains nothing; give power, which is for all weights")
         self.net = net
         self.method = method
         self.options = options
         self.warmup = warmup
         self.power = power
+        self.constrained_power = power if constrained_power is None else constrained_power
         self.euclidean_lr = euclidean_lr
         self.frozen_norms = frozen_norms
         self.pull = pull
@@ -156,17 +166,20 @@ class Classifier(FGSGDMixin, LightningModule):
 
     def configure_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Linear warm-up, then half a cosine to 0, step by step."""
-        for group in optimizer.param_groups:
-            if self.euclidean_lr is not None and group.get("name", "").startswith("euclidean"):
+        euclidean = [group.get("name", "").startswith("euclidean") for group in optimizer.param_groups]
+        for group, unconstrained in zip(optimizer.param_groups, euclidean, strict=True):
+            if self.euclidean_lr is not None and unconstrained:
                 group["lr"] = self.euclidean_lr * group.get("lr_factor", 1.0)
         total = int(self.trainer.estimated_stepping_batches)
         rising = max(round(self.warmup * total), 1)
 
-        def factor(step: int) -> float:
+        def factor(step: int, power: float) -> float:
             cosine = (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
-            return float(min((step + 1) / rising, 1.0) * cosine**self.power)
+            return float(min((step + 1) / rising, 1.0) * cosine**power)
 
-        return {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}
+        powers = [self.power if unconstrained else self.constrained_power for unconstrained in euclidean]
+        factors: list[Callable[[int], float]] = [partial(factor, power=power) for power in powers]
+        return {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factors), "interval": "step"}
 
 
 class Diverged(ArithmeticError):
@@ -205,7 +218,8 @@ def train(
     Args:
         config: ``data`` (of :class:`~recipes.experiments.data.Task`), ``network`` (of
             :func:`~recipes.experiments.networks.build`), ``epochs``, ``validate_every`` and ``method``; all other
-            entries are options of the method, of its callbacks for ``fgsgd``.
+            entries are options of the method, of its callbacks for ``fgsgd``, but for ``turning: true``, which measures how
+            filters turn (:class:`~recipes.experiments.turning.Turning`).
         seed: of the images that are drawn, the network's start, the batches and the index sets.
         test: whether the test images are looked at.
         root: folder of the data.
@@ -218,6 +232,7 @@ def train(
     network, epochs = options.pop("network"), options.pop("epochs")
     every, method = options.pop("validate_every", 1), options.pop("method")
     bn_momentum = options.pop("bn_momentum", None)
+    turning = Turning() if options.pop("turning", False) else None
     module_options = {name: options.pop(name) for name in MODULE if name in options}
     carried = method != "fgsgd" or options.pop("carried", True)
     callbacks, options = _callbacks(method, options, seed, watch)
@@ -243,7 +258,7 @@ def train(
         devices=[int(device.partition(":")[2] or 0)] if device.startswith("cuda") else 1,
         check_val_every_n_epoch=every,
         num_sanity_val_steps=0,
-        callbacks=[curve, *callbacks],
+        callbacks=[curve, *callbacks, *([] if turning is None else [turning])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -263,7 +278,8 @@ def train(
         numbers["test_error"] = module.error()
     if kept is not None:
         numbers |= kept.measure(net)
-    return Outcome(numbers, curve.epochs, (_history(callbacks) or None) if watch else None)
+    history = (_history(callbacks) or None) if watch else None
+    return Outcome(numbers, curve.epochs, history, [] if turning is None else turning.epochs)
 
 
 class Kept:
