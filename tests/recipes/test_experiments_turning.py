@@ -105,7 +105,16 @@ def test_turns_are_those_of_the_weights_after_every_step(monkeypatch, options):
 
 
 def test_filters_with_a_group_each_and_a_large_rho_turn_alike_and_by_the_rate_over_rho():
-    still = {**FILTERS, "rescale": False, "momentum": 0.0, "lr": 20.0, "warmup": 0.0, "power": 0.0}
+    still = {
+        **FILTERS,
+        "rescale": False,
+        "metric": "unit",
+        "euclidean_lr": 0.05,
+        "momentum": 0.0,
+        "lr": 20.0,
+        "warmup": 0.0,
+        "power": 0.0,
+    }
     _, row = train({**SMALL, **still, "turning": True}, 0, test=False, root="").turning  # timm's branches start at 0
     # 𝔤 = R_g (2ρ + R_g), and half the cosine to the power 0 is 1: each step is lr / (2ρ + R_g) long.
     assert row["turn"] == pytest.approx(math.degrees(20 / 2e4), rel=0.01)
