@@ -43,7 +43,7 @@ class FeatureStdRescaling(Callback):
     evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``. Where all batch norms are frozen
     (in evaluation mode while training, or of a class such as timm's ``FrozenBatchNormAct2d``) they would not follow, and a
     pretrained network would compute something else after every rescale: weights that started with ``"preserve"`` then keep
-    their R, and that is said once.
+    their R, and that is said once. Norms of a child of the module with no constrained weight, say a teacher, do not count.
 
     Args:
         gamma: reading of b̂ in Eq. 2, ``"xavier"`` or ``"literal"``; see :func:`~lightning_fgsgd.scaling.gamma`.
@@ -268,8 +268,9 @@ class FeatureStdRescaling(Callback):
     # Rescaling ------------------------------------------------------------------------------------------------------
 
     def _rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        clamped, held = 0, _norms_are_frozen(pl_module)
-        names = layer_names(pl_module, _poms(trainer))
+        poms = _poms(trainer)
+        clamped, held = 0, _norms_are_frozen(pl_module, {p for p in poms if p.requires_grad})
+        names = layer_names(pl_module, poms)
         for optimizer in (o for o in trainer.optimizers if isinstance(o, FGSGD)):
             for param, pom in optimizer.poms.items():
                 name = names[param]
@@ -334,11 +335,17 @@ class FeatureStdRescaling(Callback):
         self._metrics.clear()
 
 
-def _norms_are_frozen(module: LightningModule) -> bool:
-    """Whether there are norms that keep running statistics, and none of them takes them from the batch."""
+def _norms_are_frozen(module: LightningModule, weights: set[Tensor]) -> bool:
+    """Whether there are norms that keep running statistics, and none of them takes them from the batch.
+
+    Those of a network beside the one that has the ``weights``, such as a teacher's, follow none of them and do not count.
+    """
+    networks = [part for part in module.children() if any(part.children())]
+    beside = {m for part in networks if weights.isdisjoint(part.parameters()) for m in part.modules()}
     frozen = [
         "FrozenBatchNorm" in type(m).__name__ or not m.training
         for m in module.modules()
+        if m not in beside
         if (isinstance(m, _BatchNorm) and m.track_running_stats) or "FrozenBatchNorm" in type(m).__name__
     ]
     return bool(frozen) and all(frozen)

@@ -175,6 +175,30 @@ def test_with_a_norm_that_follows_or_another_start_manifolds_are_rescaled(tmp_pa
     assert not any("batch norms are frozen" in str(w.message) for w in recwarn)
 
 
+@pytest.mark.parametrize("followed", [True, False])
+def test_the_norms_of_another_network_do_not_tell_whether_radii_can_follow(tmp_path, followed):
+    class WithATeacher(FrozenNorms):
+        """The student's norms, or the teacher's, are frozen, and the other's are not."""
+
+        def __init__(self):
+            super().__init__(live=["model.norm", "model.up.1"] if followed else ["teacher.norm"])
+            self.teacher = TinyNet().requires_grad_(False)
+            self.stem = nn.Identity()
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.teacher(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    module = WithATeacher()
+    if followed:  # nothing of the student says so either
+        module.model.up[1] = module.model.norm = nn.Identity()
+    fit = trainer(tmp_path, POMGrouping(start="preserve"), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    fit.fit(module, loader())
+    moved = (fit.optimizers[0].pom(module.model.linear.weight).radius != 1).all()
+    assert bool(moved) == followed
+
+
 def test_a_channel_that_is_dead_at_first_has_its_first_lambda_from_when_it_lives(tmp_path):
     class Waking(Callback):
         """Channel 0 is 0 in the first epoch; from the third on all channels are twice as loud."""
