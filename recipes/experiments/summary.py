@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from scipy.stats import t as student
@@ -57,6 +57,7 @@ def turned(curves: Sequence[Sequence[Row]]) -> Row:
     Returns:
         ``turn`` over the first quarter of the epochs, the half in the middle and the last quarter, as ``turn_first``,
         ``turn_middle`` and ``turn_last``; ``channels`` and ``rank`` after the last epoch; the others over all epochs.
+        ``layers`` is a median over epochs and runs: it goes to infinity in an epoch in which a layer stands still.
     """
     found: dict[str, list[float]] = {}
     for rows in curves:
@@ -65,11 +66,12 @@ def turned(curves: Sequence[Sequence[Row]]) -> Row:
         parts = {"first": rows[:quarter], "middle": rows[quarter : n - quarter] or rows, "last": rows[n - quarter :]}
         for part, epochs in parts.items():
             found.setdefault(f"turn_{part}", []).append(fmean(row["turn"] for row in epochs))
-        for name in ("unsteady", "filters", "layers", "travel"):
+        for name in ("unsteady", "filters", "travel"):
             found.setdefault(name, []).append(fmean(row[name] for row in rows))
         for name in ("channels", "rank"):
             found.setdefault(name, []).append(rows[-1][name])
-    return {name: fmean(values) for name, values in found.items()}
+    layers = median(row["layers"] for rows in curves for row in rows)
+    return {name: fmean(values) for name, values in found.items()} | {"layers": layers}
 
 
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -142,11 +142,13 @@ def test_an_experiment_reports_how_filters_turn_where_that_was_asked_for(tmp_pat
 
 def test_of_the_epochs_of_a_run_the_quarters_and_the_end_are_told():
     rows = [dict.fromkeys(TURNING, float(i)) for i in range(8)]
+    rows[-1]["layers"] = 1e6  # an epoch in which a layer stands still
     found = turned([rows, [{name: x + 2 for name, x in row.items()} for row in rows]])
     assert found["turn_first"] == 0.5 + 1
     assert found["turn_middle"] == 3.5 + 1
     assert found["turn_last"] == 6.5 + 1
     assert found["filters"] == 3.5 + 1
+    assert found["layers"] == 4.5
     assert found["channels"] == found["rank"] == 7 + 1
 
 
