@@ -126,7 +126,8 @@ def turning_table(turning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     note = (
         "Angles by which the median filter of a layer turns, means over layers, epochs and seeds. From step to step and "
         "from filter to filter: deviation over mean; from layer to layer: largest over smallest, the median epoch's. "
-        "Channels used and rank are shares, after the last epoch ([turning.py](../../../recipes/experiments/turning.py)).\n\n"
+        "Channels used and rank are shares, after the last epoch "
+        "([turning.py](../../../recipes/experiments/turning.py)).\n\n"
     )
     return note + _markdown(head, lines)
 
