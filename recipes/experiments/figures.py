@@ -96,13 +96,16 @@ def plot_curves(
     return path
 
 
-def plot_turning(turning: Mapping[str, Sequence[Sequence[Row]]], reference: str, path: Path) -> Path:
-    """How filters turn over epochs, means over seeds, an arm a line.
+def plot_turning(
+    turning: Mapping[str, Sequence[Sequence[Row]]], reference: str, path: Path, most: int = MOST_CURVES
+) -> Path:
+    """How filters turn over epochs, means over seeds, an arm a line: the reference and the first arms.
 
     Args:
         turning: by arm, the rows of ``turning.csv`` of its runs.
         reference: the arm that is drawn in black.
         path: where to save.
+        most: arms that are drawn.
     """
     shown = {
         "turn": "median filter's turn, ° a step",
@@ -110,7 +113,8 @@ def plot_turning(turning: Mapping[str, Sequence[Sequence[Row]]], reference: str,
         "rank": "share of dimensions used",
     }
     figure, axes = figure_of(3, width=15.0, height=4.5)
-    for arm, curves in turning.items():
+    names = [arm for arm in turning if arm != reference][: most - 1]
+    for arm, curves in ((arm, curves) for arm, curves in turning.items() if arm in (reference, *names)):
         for axis, column in zip(axes, shown, strict=True):
             points = _mean_by_epoch(curves, column)
             style = {"color": "black", "linewidth": 2} if arm == reference else {"linewidth": 1}
@@ -119,6 +123,8 @@ def plot_turning(turning: Mapping[str, Sequence[Sequence[Row]]], reference: str,
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
     _logarithmic(axes[0])
+    if len(names) + 1 < len(turning):
+        axes[0].set_title(f"{len(names) + 1} of {len(turning)} arms, the first of the report", fontsize=9)
     axes[2].legend(fontsize=7)
     figure.savefig(path)
     return path
