@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fgsgd import scaling
@@ -43,7 +43,7 @@ class FeatureStdRescaling(Callback):
     evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``. Where all batch norms are frozen
     (in evaluation mode while training, or of a class such as timm's ``FrozenBatchNormAct2d``) they would not follow, and a
     pretrained network would compute something else after every rescale: weights that started with ``"preserve"`` then keep
-    their R, and that is said once. Norms of a child of the module with no constrained weight, say a teacher, do not count.
+    their R, and that is said once. Norms of a child of the module that trains no weight, say a teacher, do not count.
 
     Args:
         gamma: reading of b̂ in Eq. 2, ``"xavier"`` or ``"literal"``; see :func:`~lightning_fgsgd.scaling.gamma`.
@@ -268,9 +268,8 @@ class FeatureStdRescaling(Callback):
     # Rescaling ------------------------------------------------------------------------------------------------------
 
     def _rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        poms = _poms(trainer)
-        clamped, held = 0, _norms_are_frozen(pl_module, {p for p in poms if p.requires_grad})
-        names = layer_names(pl_module, poms)
+        clamped, held = 0, _norms_are_frozen(pl_module)
+        names = layer_names(pl_module, _poms(trainer))
         for optimizer in (o for o in trainer.optimizers if isinstance(o, FGSGD)):
             for param, pom in optimizer.poms.items():
                 name = names[param]
@@ -335,13 +334,14 @@ class FeatureStdRescaling(Callback):
         self._metrics.clear()
 
 
-def _norms_are_frozen(module: LightningModule, weights: set[Tensor]) -> bool:
+def _norms_are_frozen(module: LightningModule) -> bool:
     """Whether there are norms that keep running statistics, and none of them takes them from the batch.
 
-    Those of a network beside the one that has the ``weights``, such as a teacher's, follow none of them and do not count.
+    Those of a child that has weights, and none that is trained, such as a teacher, follow nothing and do not count.
     """
-    networks = [part for part in module.children() if any(part.children())]
-    beside = {m for part in networks if weights.isdisjoint(part.parameters()) for m in part.modules()}
+    idle = {part for part in module.children() if _has_weights_and_trains_none(part)}
+    trained = {m for part in module.children() if part not in idle for m in part.modules()}
+    beside = {m for part in idle for m in part.modules()} - trained  # a norm may be in two of the module's children
     frozen = [
         "FrozenBatchNorm" in type(m).__name__ or not m.training
         for m in module.modules()
@@ -349,6 +349,11 @@ def _norms_are_frozen(module: LightningModule, weights: set[Tensor]) -> bool:
         if (isinstance(m, _BatchNorm) and m.track_running_stats) or "FrozenBatchNorm" in type(m).__name__
     ]
     return bool(frozen) and all(frozen)
+
+
+def _has_weights_and_trains_none(part: nn.Module) -> bool:
+    parameters = list(part.parameters())
+    return any(p.ndim > 1 for p in parameters) and not any(p.requires_grad for p in parameters)
 
 
 def _poms(trainer: Trainer) -> dict[Tensor, POM]:

@@ -107,7 +107,7 @@ def plot_turning(
         path: where to save.
         most: arms that are drawn.
     """
-    shown = {
+    columns = {
         "turn": "median filter's turn, ° a step",
         "channels": "share of channels used",
         "rank": "share of dimensions used",
@@ -115,16 +115,17 @@ def plot_turning(
     figure, axes = figure_of(3, width=15.0, height=4.5)
     names = [arm for arm in turning if arm != reference][: most - 1]
     for arm, curves in ((arm, curves) for arm, curves in turning.items() if arm in (reference, *names)):
-        for axis, column in zip(axes, shown, strict=True):
+        for axis, column in zip(axes, columns, strict=True):
             points = _mean_by_epoch(curves, column)
             style = {"color": "black", "linewidth": 2} if arm == reference else {"linewidth": 1}
             axis.plot(list(points), list(points.values()), label=arm, marker=".", **style)
-    for axis, label in zip(axes, shown.values(), strict=True):
+    for axis, label in zip(axes, columns.values(), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
     _logarithmic(axes[0])
-    if len(names) + 1 < len(turning):
-        axes[0].set_title(f"{len(names) + 1} of {len(turning)} arms, the first of the report", fontsize=9)
+    shown = sum(arm in (reference, *names) for arm in turning)
+    if shown < len(turning):
+        axes[0].set_title(f"{shown} of {len(turning)} arms, the first of the report", fontsize=9)
     axes[2].legend(fontsize=7)
     figure.savefig(path)
     return path

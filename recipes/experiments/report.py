@@ -119,14 +119,15 @@ def turning_table(turning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     for arm, curves in turning.items():
         row = turned(curves)
         angles = [f"{row[name]:.2f}" for name in ("turn_first", "turn_middle", "turn_last")]
-        even = [f"{row['unsteady']:.2f}", f"{row['filters']:.2f}", f"{row['layers']:.1f}"]
+        even = [f"{row['unsteady']:.2f}", f"{row['filters']:.2f}", f"{row['layers']:.3g}", f"{100 * row['still']:.0f}"]
         lines.append([arm, *angles, *even, f"{row['travel']:.1f}", f"{row['channels']:.2f}", f"{row['rank']:.2f}"])
     angles = ["° a step, first quarter", "middle", "last quarter"]
-    head = ["arm", *angles, "step to step", "filter to filter", "layer to layer", "° an epoch", "channels used", "rank"]
+    evenness = ["step to step", "filter to filter", "layer to layer", "a layer stands still, % of epochs"]
+    head = ["arm", *angles, *evenness, "° an epoch", "channels used", "rank"]
     note = (
         "Angles by which the median filter of a layer turns, means over layers, epochs and seeds. From step to step and "
-        "from filter to filter: deviation over mean; from layer to layer: largest over smallest, the median epoch's. "
-        "Channels used and rank are shares, after the last epoch "
+        "from filter to filter: deviation over mean; from layer to layer: largest over smallest, the median epoch's, and "
+        "where that is above a thousand a layer stands still. Channels used and rank are shares, after the last epoch "
         "([turning.py](../../../recipes/experiments/turning.py)).\n\n"
     )
     return note + _markdown(head, lines)

@@ -57,7 +57,7 @@ def turned(curves: Sequence[Sequence[Row]]) -> Row:
     Returns:
         ``turn`` over the first quarter of the epochs, the half in the middle and the last quarter, as ``turn_first``,
         ``turn_middle`` and ``turn_last``; ``channels`` and ``rank`` after the last epoch; the others over all epochs.
-        ``layers`` is a median over epochs and runs: it goes to infinity in an epoch in which a layer stands still.
+        ``layers`` is a median over epochs and runs, and ``still`` the share of the epochs in which it is above a thousand.
     """
     found: dict[str, list[float]] = {}
     for rows in curves:
@@ -70,8 +70,9 @@ def turned(curves: Sequence[Sequence[Row]]) -> Row:
             found.setdefault(name, []).append(fmean(row[name] for row in rows))
         for name in ("channels", "rank"):
             found.setdefault(name, []).append(rows[-1][name])
-    layers = median(row["layers"] for rows in curves for row in rows)
-    return {name: fmean(values) for name, values in found.items()} | {"layers": layers}
+    layers = [row["layers"] for rows in curves for row in rows]
+    uneven = {"layers": median(layers), "still": fmean(ratio > 1000 for ratio in layers)}
+    return {name: fmean(values) for name, values in found.items()} | uneven
 
 
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:

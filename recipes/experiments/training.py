@@ -270,7 +270,8 @@ def train(
             trainer.fit(module, data)
     except (Diverged, FloatingPointError):  # FGSGD raises the latter where gradients are not finite
         errors = ("train_loss", "val_error", *(("test_error",) if test else ()))
-        return Outcome({"seconds": time.perf_counter() - began, **dict.fromkeys(errors, math.nan)}, curve.epochs)
+        lost = {"seconds": time.perf_counter() - began, **dict.fromkeys(errors, math.nan)}
+        return Outcome(lost, curve.epochs, turning=[] if turning is None else turning.epochs)
     numbers = {"seconds": time.perf_counter() - began} | curve.epochs[-1]
     del numbers["epoch"]
     if test:

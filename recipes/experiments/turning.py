@@ -21,14 +21,15 @@ TURNING = ("turn", "unsteady", "filters", "layers", "travel", "channels", "rank"
 
 
 class Turning(Callback):
-    """Keeps, for every epoch, what the layers but the head show on average.
+    """Keeps, for every epoch, what the layers but the head show on average. To be the last of the callbacks.
 
     ``epochs`` holds a dict an epoch, of
 
     - ``turn``: the angle by which a layer's median filter turns in a step, the mean of the steps, in degrees;
     - ``unsteady``: the deviation of a filter's angle from step to step, over its mean; 0 where all steps are alike;
     - ``filters``: the deviation of the filters' mean angles within a layer, over their mean; 0 where all turn alike;
-    - ``layers``: the largest ``turn`` of a layer over the smallest;
+    - ``layers``: the largest ``turn`` of a layer over the smallest; what rounding turns is about 1e-6°, so above a
+      thousand a layer stands still;
     - ``travel``: the angle between a median filter at the start of the epoch and at its end, in degrees;
     - ``channels``: the share of the input channels that a filter of kernels larger than 1 x 1 makes use of,
       (Σ‖κ‖²)² / (C Σ‖κ‖⁴) over its C kernels κ: 1 where all have the same norm, 1/C where one alone is not 0;
@@ -44,9 +45,14 @@ class Turning(Callback):
         self._layers = constrainable(pl_module.net)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: D102
-        self._first = self._last = [directions(layer.weight) for layer in self._layers]
-        self._sums = [torch.zeros(2, len(filters), device=filters.device) for filters in self._first]
         self._steps = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
+        # After the callbacks before this one: a rescale, which turns filters of kernels, is no part of a step.
+        self._last = [directions(layer.weight) for layer in self._layers]
+        if self._steps == 0:
+            self._first = self._last
+            self._sums = [torch.zeros(2, len(filters), device=filters.device) for filters in self._first]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
         now = [directions(layer.weight) for layer in self._layers]
@@ -70,7 +76,7 @@ class Turning(Callback):
                 "turn": math.degrees(fmean(medians)),
                 "unsteady": fmean(_over(d, m) for d, m in zip(deviations, means, strict=True)),
                 "filters": fmean(_over(mean.std(correction=0), mean) for mean in means),
-                "layers": max(medians) / min(medians) if min(medians) > 0 else math.nan,
+                "layers": max(medians) / min(medians) if min(medians) > 0 else math.inf,
                 "travel": math.degrees(
                     fmean(float(angle(a, b).median()) for a, b in zip(self._first, self._last, strict=True))
                 ),
@@ -81,8 +87,8 @@ class Turning(Callback):
 
 
 def directions(weight: Tensor) -> Tensor:
-    """The filters of a weight, each of norm 1: (D, fan-in). A copy."""
-    filters = weight.detach().flatten(1)
+    """The filters of a weight, each of norm 1: (D, fan-in) in float32. A copy."""
+    filters = weight.detach().flatten(1).float()
     return filters / filters.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
@@ -101,7 +107,7 @@ def rank(filters: Tensor) -> float:
     """Share of the dimensions that filters, (D, fan-in), use."""
     wide = len(filters) < filters.shape[1]
     gram = filters @ filters.mT if wide else filters.mT @ filters
-    return float(gram.trace().square() / (len(gram) * gram.square().sum()))
+    return float(gram.trace().square() / (len(gram) * gram.square().sum()).clamp_min(1e-30))
 
 
 def _over(deviation: Tensor, mean: Tensor) -> float:

@@ -199,6 +199,29 @@ def test_the_norms_of_another_network_do_not_tell_whether_radii_can_follow(tmp_p
     assert bool(moved) == followed
 
 
+@pytest.mark.parametrize("held_twice", [False, True])
+def test_frozen_norms_that_are_a_child_of_their_own_hold_radii(tmp_path, held_twice):
+    class Norms(FrozenNorms):
+        """Its norms are in a list beside the layers, as where they are kept at hand to be frozen, or there alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList([self.model.norm, self.model.up[1]])
+            self.norms.requires_grad_(False)
+            if not held_twice:
+                plain = self.model
+                del plain.norm, plain.up[1]
+                norm, after = self.norms
+                plain.norm = nn.Identity()
+                plain.up.register_forward_hook(lambda module, args, out: norm(after(out)))
+
+    fit = trainer(tmp_path, POMGrouping(start="preserve"), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    module = Norms()
+    with pytest.warns(UserWarning, match="all batch norms are frozen"):
+        fit.fit(module, loader())
+    assert (fit.optimizers[0].pom(module.model.linear.weight).radius == 1).all()
+
+
 def test_a_channel_that_is_dead_at_first_has_its_first_lambda_from_when_it_lives(tmp_path):
     class Waking(Callback):
         """Channel 0 is 0 in the first epoch; from the third on all channels are twice as loud."""

@@ -1,6 +1,5 @@
 import csv
 import math
-from itertools import pairwise
 from statistics import fmean
 
 import numpy as np
@@ -28,6 +27,10 @@ FILTERS = {
     "momentum": 0.9,
     "start": "project",
 }
+
+
+# With an R for each input channel, which a rescale changes: it turns filters, and is no step.
+KERNELS = {**FILTERS, "cutting": "kernel", "groups": 1, "clamp": False, "euclidean_lr": 0.05}
 
 
 def test_an_angle_is_exact_where_its_cosine_is_1_in_float32():
@@ -61,16 +64,18 @@ def test_rank_is_1_for_orthonormal_filters_and_the_least_for_equal_ones(shape):
 
 
 class Kept(Callback):
-    """All weights after every step, as they are."""
+    """All weights before and after every step, as they are: the last of the callbacks, so after a rescale."""
 
     def __init__(self):
         self.epochs = []
 
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.epochs.append([self.weights(pl_module)])
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.epochs.append([])
+        self.epochs[-1].append([self.weights(pl_module)])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.epochs[-1].append(self.weights(pl_module))
+        self.epochs[-1][-1].append(self.weights(pl_module))
 
     @staticmethod
     def weights(module):
@@ -78,8 +83,10 @@ class Kept(Callback):
         return [w / np.linalg.norm(w, axis=1, keepdims=True) for w in flat]
 
 
-@pytest.mark.parametrize("options", [{"method": "sgd", "lr": 0.1, "weight_decay": 0.01}, FILTERS], ids=["sgd", "fgsgd"])
-def test_turns_are_those_of_the_weights_after_every_step(monkeypatch, options):
+@pytest.mark.parametrize(
+    "options", [{"method": "sgd", "lr": 0.1, "weight_decay": 0.01}, FILTERS, KERNELS], ids=["sgd", "filters", "kernels"]
+)
+def test_turns_are_those_of_the_weights_in_every_step(monkeypatch, options):
     kept = Kept()
 
     def with_it(*args, callbacks, **others):
@@ -91,11 +98,11 @@ def test_turns_are_those_of_the_weights_after_every_step(monkeypatch, options):
     assert [set(row) for row in found] == [{"epoch", *TURNING}] * 2
     for row, steps in zip(found, kept.epochs, strict=True):
         angles = [
-            np.arccos(np.clip([(a * b).sum(1) for a, b in pairwise(layer)], -1, 1))
-            for layer in zip(*steps, strict=True)
+            np.arccos(np.clip([(a * b).sum(1) for a, b in zip(before, after, strict=True)], -1, 1))
+            for before, after in zip(*(zip(*side, strict=True) for side in zip(*steps, strict=True)), strict=True)
         ]
         medians = [np.sort(x.mean(0))[(x.shape[1] - 1) // 2] for x in angles]
-        travels = [np.arccos(np.clip((a * b).sum(1), -1, 1)) for a, b in zip(steps[0], steps[-1], strict=True)]
+        travels = [np.arccos(np.clip((a * b).sum(1), -1, 1)) for a, b in zip(steps[0][0], steps[-1][1], strict=True)]
         assert row["turn"] == pytest.approx(math.degrees(fmean(medians)), rel=1e-3)
         assert row["layers"] == pytest.approx(max(medians) / min(medians), rel=1e-2)
         assert row["filters"] == pytest.approx(fmean(x.mean(0).std() / x.mean() for x in angles), rel=1e-2)
@@ -142,13 +149,14 @@ def test_an_experiment_reports_how_filters_turn_where_that_was_asked_for(tmp_pat
 
 def test_of_the_epochs_of_a_run_the_quarters_and_the_end_are_told():
     rows = [dict.fromkeys(TURNING, float(i)) for i in range(8)]
-    rows[-1]["layers"] = 1e6  # an epoch in which a layer stands still
+    rows[-1]["layers"] = math.inf  # an epoch in which a layer stands still
     found = turned([rows, [{name: x + 2 for name, x in row.items()} for row in rows]])
     assert found["turn_first"] == 0.5 + 1
     assert found["turn_middle"] == 3.5 + 1
     assert found["turn_last"] == 6.5 + 1
     assert found["filters"] == 3.5 + 1
     assert found["layers"] == 4.5
+    assert found["still"] == 2 / 16
     assert found["channels"] == found["rank"] == 7 + 1
 
 
