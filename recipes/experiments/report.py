@@ -119,7 +119,8 @@ def turning_table(turning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     for arm, curves in turning.items():
         row = turned(curves)
         angles = [f"{row[name]:.2f}" for name in ("turn_first", "turn_middle", "turn_last")]
-        even = [f"{row['unsteady']:.2f}", f"{row['filters']:.2f}", f"{row['layers']:.3g}", f"{100 * row['still']:.0f}"]
+        layers = f"{row['layers']:.1f}" if row["layers"] <= 1000 else "> 1000"
+        even = [f"{row['unsteady']:.2f}", f"{row['filters']:.2f}", layers, f"{100 * row['still']:.0f}"]
         lines.append([arm, *angles, *even, f"{row['travel']:.1f}", f"{row['channels']:.2f}", f"{row['rank']:.2f}"])
     angles = ["° a step, first quarter", "middle", "last quarter"]
     evenness = ["step to step", "filter to filter", "layer to layer", "a layer stands still, % of epochs"]
