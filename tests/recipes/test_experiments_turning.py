@@ -147,6 +147,17 @@ def test_an_experiment_reports_how_filters_turn_where_that_was_asked_for(tmp_pat
     assert any(path.name == "turning.png" for path in written)
 
 
+def test_a_run_that_diverges_keeps_how_its_filters_turned_until_then(monkeypatch):
+    def lost_in_the_second(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1:
+            raise training.Diverged("epoch 2")
+
+    monkeypatch.setattr(training.Curve, "on_train_batch_end", lost_in_the_second)
+    outcome = train({**SMALL, "method": "sgd", "lr": 0.1, "turning": True}, 0, test=True, root="")
+    assert math.isnan(outcome.numbers["test_error"])
+    assert [row["epoch"] for row in outcome.turning] == [1]
+
+
 def test_of_the_epochs_of_a_run_the_quarters_and_the_end_are_told():
     rows = [dict.fromkeys(TURNING, float(i)) for i in range(8)]
     rows[-1]["layers"] = math.inf  # an epoch in which a layer stands still
