@@ -160,14 +160,14 @@ def test_a_run_that_diverges_keeps_how_its_filters_turned_until_then(monkeypatch
 
 def test_of_the_epochs_of_a_run_the_quarters_and_the_end_are_told():
     rows = [dict.fromkeys(TURNING, float(i)) for i in range(8)]
-    rows[-1]["layers"] = math.inf  # an epoch in which a layer stands still
+    rows[-2]["layers"], rows[-1]["layers"] = math.inf, 1e4  # epochs in which a layer stands still
     found = turned([rows, [{name: x + 2 for name, x in row.items()} for row in rows]])
     assert found["turn_first"] == 0.5 + 1
     assert found["turn_middle"] == 3.5 + 1
     assert found["turn_last"] == 6.5 + 1
     assert found["filters"] == 3.5 + 1
     assert found["layers"] == 4.5
-    assert found["still"] == 2 / 16
+    assert found["still"] == 4 / 16
     assert found["channels"] == found["rank"] == 7 + 1
 
 
