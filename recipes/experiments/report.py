@@ -23,6 +23,7 @@ MEASURED = {
     "drift": "drift, photographs",
     "drift_task": "drift, task",
 }
+PAIRED = ("agreement", "agreement_recalibrated", "drift", "drift_task")
 
 
 def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
@@ -135,16 +136,15 @@ def turning_table(turning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
 
 
 def paired_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
-    """Error, and agreement if it was measured, beside the reference's by seed; empty where fewer than two can be paired."""
+    """Error, and what is forgotten if it was measured, beside the reference's by seed; empty where no two can be paired."""
     by_arm: dict[str, list[str]] = {}
-    kept = [
-        name for name in ("agreement", "agreement_recalibrated") if any(isinstance(row[name], float) for row in rows)
-    ]
+    kept = [name for name in PAIRED if any(isinstance(row[name], float) for row in rows)]
     columns = ("test_error", *kept)
     for column in columns:
+        n = _digits(column)
         for row in summarise(rows, spec, column):
             if math.isfinite(row["low"]):
-                told = f"{row['difference']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f}"
+                told = f"{row['difference']:+.{n}f}, {row['low']:+.{n}f} to {row['high']:+.{n}f}"
                 by_arm.setdefault(row["arm"], []).append(told)
     head = ["arm", *(MEASURED[column] for column in columns)]
     lines = [[arm, *told] for arm, told in by_arm.items() if len(told) == len(columns)]
@@ -238,8 +238,12 @@ def _spread(row: Row, name: str) -> str:
     mean, std = row[f"{name}_mean"], row[f"{name}_std"]
     if not math.isfinite(mean):
         return "-"
-    digits = 3 if name in ("divergence", "drift", "drift_task") else 2
+    digits = _digits(name)
     return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if math.isfinite(std) else "")
+
+
+def _digits(name: str) -> int:
+    return 3 if name in ("divergence", "drift", "drift_task") else 2
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,44 @@
+import csv
+import math
+
+import pytest
+from scipy import stats
+
+from recipes.experiments.pairs import main
+from tests.pages import DOCS, ROOT
+
+CONFIG = str(ROOT / "recipes" / "configs" / "experiments" / "digits_all.yaml")
+L2SP, FILTERS = "L2-SP, head decayed", "Filters Sp, a group each, head alone decayed, chosen to keep"
+
+
+def by_seed(arm, column):
+    with (DOCS / "experiments" / "digits_all" / "runs.csv").open(newline="") as file:
+        return {int(r["seed"]): float(r[column]) for r in csv.DictReader(file) if r["arm"] == arm}
+
+
+def told(seeds, column, digits):
+    ours, theirs = (by_seed(arm, column) for arm in (FILTERS, L2SP))
+    ours, theirs = [ours[s] for s in seeds], [theirs[s] for s in seeds]
+    by_scipy = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    middle = math.fsum(a - b for a, b in zip(ours, theirs, strict=True)) / len(seeds)
+    return f"{middle:+.{digits}f}, {by_scipy.low:+.{digits}f} to {by_scipy.high:+.{digits}f}"
+
+
+@pytest.mark.parametrize("seeds", [None, [1, 3, 4]])
+def test_any_two_arms_of_the_published_rows_differ_by_what_scipy_says(seeds):
+    output = str(DOCS / "experiments")
+    lines = main(CONFIG, L2SP, seeds=seeds, output=output).splitlines()
+    assert lines[0] == f"Differences to {L2SP}, 95 % intervals:"
+    (line,) = (line for line in lines if line.startswith(f"| {FILTERS} |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    columns = {"test_error": 2, "agreement": 2, "agreement_recalibrated": 2, "drift": 3, "drift_task": 3}
+    assert cells == [told(seeds or range(5), column, digits) for column, digits in columns.items()]
+
+
+def test_an_arm_that_is_not_there_and_one_that_cannot_be_paired_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"arm: digits_all has no arm 'Adam'; choose from 'SGD', "):
+        main(CONFIG, "Adam")
+    with pytest.raises(ValueError, match=r"arm: no other arm shares two runs with 'SGD' on seeds \[3\]"):
+        main(CONFIG, "SGD", seeds=[3], output=str(DOCS / "experiments"))
+    with pytest.raises(ValueError, match="arm: no other arm shares two runs with 'SGD' in "):
+        main(CONFIG, "SGD", output=str(tmp_path))
