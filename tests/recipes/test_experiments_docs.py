@@ -56,6 +56,25 @@ def test_every_number_in_a_table_of_the_pages_is_in_a_report():
         assert set(re.findall(r"\d+\.\d+", row)) <= known, row
 
 
+def test_every_difference_in_a_table_of_the_pages_stands_in_a_report_with_its_interval():
+    reports = "".join((DOCS / "experiments" / path.stem / "report.md").read_text() for path in RUN)
+    number = r"([+-]\d+\.\d\d)"
+    found = 0
+    for page in PAGES:
+        for row in (line for line in page.splitlines() if line.startswith("| ")):
+            # An arm's row as in the report; and "-0.99 (-1.46 to -0.53)" of the overview, in any report.
+            for difference, low, high in re.findall(rf"\| {number} \| {number} to {number} \|", row):
+                arm = row.split(" | ")[0]
+                told = rf"^{re.escape(arm)} \|.*\| {re.escape(f'{difference} | {low} to {high}')} \|"
+                assert re.search(told, reports, re.MULTILINE), row
+                found += 1
+            for difference, low, high in re.findall(rf"{number} \({number} to {number}\)", row):
+                wide = f"| {difference} | {low} to {high} |"
+                assert wide in reports or f"| {difference}, {low} to {high} |" in reports, (difference, low, high, row)
+                found += 1
+    assert found > 100
+
+
 def test_every_experiment_that_was_run_is_on_a_page_with_its_config():
     text = "".join(PAGES)
     for path in RUN:
