@@ -149,6 +149,10 @@ def plot_history(history: Mapping[str, Any], title: str, file: Path) -> list[Pat
             axis.set_xlabel("norm")
         drawn.append(file.with_name(f"{file.stem}_norms.png"))
         figure.savefig(drawn[-1])
+        # The first look is at the start; those after it are one an epoch.
+        if epochs := history["norms"]["history"][1:]:
+            label = f"largest spectral norm of a component: {title}"
+            drawn.append(plot_layers(epochs, "spectral", label, file.with_name(f"{file.stem}_spectral.png")))
     if history.get("rescaling"):
         for key, label in (("std", "feature std λ"), ("radius", "R")):
             path = file.with_name(f"{file.stem}_{key}.png")

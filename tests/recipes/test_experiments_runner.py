@@ -67,6 +67,8 @@ def test_an_experiment_tunes_then_runs_every_seed_and_writes_a_row_a_run(tmp_pat
     assert [row["epoch"] for row in history["rescaling"]] == [0, 1]
     assert history["norms"]
     assert any(path.name == "report.md" for path in written)
+    drawn = {path.name for path in written if path.parent.name == "history"}
+    assert drawn == {f"{watched}_{what}.png" for what in ("norms", "spectral", "std", "radius")}
 
     before = (tmp_path / "small" / "runs.csv").read_bytes()
     main(file, output=str(tmp_path))  # nothing is left to run
