@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recipes.experiments.report import paired_table
 from recipes.experiments.spec import asked_for, load
-from recipes.experiments.summary import read
+from recipes.experiments.summary import finals, read
 
 
 def main(experiment: str, arm: str, seeds: list[int] | None = None, output: str = "docs/experiments") -> str:
@@ -25,13 +25,16 @@ def main(experiment: str, arm: str, seeds: list[int] | None = None, output: str 
         output: folder of all experiments.
 
     Raises:
-        ValueError: an arm that the experiment does not have, or nothing to compare it with.
+        ValueError: an arm that the experiment does not have, a seed of which it has no run, or nothing to compare it with.
     """
     spec = load(experiment)
     if arm not in spec["arms"]:
         raise ValueError(f"arm: {spec['name']} has no arm {arm!r}; choose from {', '.join(map(repr, spec['arms']))}")
     rows = asked_for(spec, read(Path(output) / spec["name"]))
     if seeds is not None:
+        run = finals(rows, arm)
+        if missing := [seed for seed in seeds if seed not in run]:
+            raise ValueError(f"seeds: {arm!r} was not run with {missing}; choose from {sorted(run)}")
         rows = [row for row in rows if row["stage"] == "final" and int(row["seed"]) in seeds]
     table = paired_table(rows, {**spec, "reference": arm})
     if not table:

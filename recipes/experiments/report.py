@@ -137,17 +137,19 @@ def turning_table(turning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
 
 def paired_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     """Error, and what is forgotten if it was measured, beside the reference's by seed; empty where no two can be paired."""
-    by_arm: dict[str, list[str]] = {}
     kept = [name for name in PAIRED if any(isinstance(row[name], float) for row in rows)]
     columns = ("test_error", *kept)
+    by_arm: dict[str, dict[str, str]] = {}
+    shared: dict[str, int] = {}
     for column in columns:
         n = _digits(column)
         for row in summarise(rows, spec, column):
             if math.isfinite(row["low"]):
                 told = f"{row['difference']:+.{n}f}, {row['low']:+.{n}f} to {row['high']:+.{n}f}"
-                by_arm.setdefault(row["arm"], []).append(told)
-    head = ["arm", *(MEASURED[column] for column in columns)]
-    lines = [[arm, *told] for arm, told in by_arm.items() if len(told) == len(columns)]
+                by_arm.setdefault(row["arm"], {})[column] = told
+                shared[row["arm"]] = max(row["shared"], shared.get(row["arm"], 0))
+    head = ["arm", *(MEASURED[column] for column in columns), "seeds"]
+    lines = [[arm, *(told.get(c, "-") for c in columns), str(shared[arm])] for arm, told in by_arm.items()]
     note = f"Differences to {spec['reference']}, 95 % intervals:\n\n"
     return note + _markdown(head, lines) if lines else ""
 

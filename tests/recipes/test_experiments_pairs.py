@@ -32,7 +32,19 @@ def test_any_two_arms_of_the_published_rows_differ_by_what_scipy_says(seeds):
     (line,) = (line for line in lines if line.startswith(f"| {FILTERS} |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
     columns = {"test_error": 2, "agreement": 2, "agreement_recalibrated": 2, "drift": 3, "drift_task": 3}
-    assert cells == [told(seeds or range(5), column, digits) for column, digits in columns.items()]
+    seeds = seeds or range(5)
+    assert cells == [*(told(seeds, column, digits) for column, digits in columns.items()), str(len(seeds))]
+
+
+def test_arms_of_other_seeds_are_compared_on_those_that_both_have_and_tuning_runs_do_not_count():
+    config = str(ROOT / "recipes" / "configs" / "experiments" / "frozen_10.yaml")
+    few = "SGD, layer decay, head alone decayed, chosen to keep"  # five seeds, SGD has twenty and runs that tuned it
+    table = main(config, few, output=str(DOCS / "experiments"))
+    (line,) = (line for line in table.splitlines() if line.startswith("| SGD |"))
+    assert line.endswith("| 5 |")
+    (line,) = (line for line in main(config, "SGD", output=str(DOCS / "experiments")).splitlines() if few in line)
+    assert line.endswith("| 5 |")
+    assert main(config, "SGD", seeds=[7, 8], output=str(DOCS / "experiments")).splitlines()[-1].endswith("| 2 |")
 
 
 def test_an_arm_that_is_not_there_and_one_that_cannot_be_paired_are_refused(tmp_path):
@@ -40,5 +52,7 @@ def test_an_arm_that_is_not_there_and_one_that_cannot_be_paired_are_refused(tmp_
         main(CONFIG, "Adam")
     with pytest.raises(ValueError, match=r"arm: no other arm shares two runs with 'SGD' on seeds \[3\]"):
         main(CONFIG, "SGD", seeds=[3], output=str(DOCS / "experiments"))
+    with pytest.raises(ValueError, match=r"seeds: 'SGD' was not run with \[99\]; choose from \[0, 1, 2, 3, 4\]"):
+        main(CONFIG, "SGD", seeds=[0, 1, 99], output=str(DOCS / "experiments"))
     with pytest.raises(ValueError, match="arm: no other arm shares two runs with 'SGD' in "):
         main(CONFIG, "SGD", output=str(tmp_path))

@@ -40,7 +40,9 @@ KEYS = {
     for run in final_runs(SPEC, arm, [{"key": key, "val_error": error} for key, error in TUNED.items()])
 }
 
-KEPT = "| arm | test error, % | agreement, % | agreement, norms recalibrated, % |\n| --- | --- | --- | --- |"
+KEPT = (
+    "| arm | test error, % | agreement, % | agreement, norms recalibrated, % | seeds |\n| --- | --- | --- | --- | --- |"
+)
 
 
 def row(stage, arm, seed, error, **more):
@@ -205,7 +207,7 @@ def test_what_is_kept_is_compared_by_seed_with_the_reference_and_with_what_else_
     for differences in ([-1.0, -0.2, -0.9], [30, 29, 31], [60, 58, 62]):
         low, high = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
         expected.append(f"{np.mean(differences):+.2f}, {low:+.2f} to {high:+.2f}")
-    assert f"Differences to SGD, 95 % intervals:\n\n{KEPT}\n| Sp | {' | '.join(expected)} |" in report
+    assert f"Differences to SGD, 95 % intervals:\n\n{KEPT}\n| Sp | {' | '.join(expected)} | 3 |" in report
     assert f"Differences to Sp, 95 % intervals:\n\n{KEPT}\n| SGD | +0.70" in report
 
 
@@ -213,8 +215,10 @@ def test_arms_from_scratch_are_compared_with_what_else_is_asked_for_too(folder):
     report = write(folder, {**SPEC, "against": ["Sp"]})[0].read_text()
     differences = [ERRORS["SGD"][seed] - ERRORS["Sp"][seed] for seed in range(3)]
     low, high = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
-    told = f"| SGD | {np.mean(differences):+.2f}, {low:+.2f} to {high:+.2f} |"
-    assert f"Differences to Sp, 95 % intervals:\n\n| arm | test error, % |\n| --- | --- |\n{told}" in report
+    told = f"| SGD | {np.mean(differences):+.2f}, {low:+.2f} to {high:+.2f} | 3 |"
+    assert (
+        f"Differences to Sp, 95 % intervals:\n\n| arm | test error, % | seeds |\n| --- | --- | --- |\n{told}" in report
+    )
     assert "Differences to SGD" not in report  # they are in the table of errors
 
 
