@@ -35,7 +35,7 @@ def main(experiment: str, arm: str, seeds: list[int] | None = None, output: str 
         run = finals(rows, arm)
         if missing := [seed for seed in seeds if seed not in run]:
             raise ValueError(f"seeds: {arm!r} was not run with {missing}; choose from {sorted(run)}")
-        rows = [row for row in rows if row["stage"] == "final" and int(row["seed"]) in seeds]
+        rows = [row for row in rows if int(row["seed"]) in seeds]
     table = paired_table(rows, {**spec, "reference": arm})
     if not table:
         on = "" if seeds is None else f" on seeds {seeds}"
