@@ -47,31 +47,56 @@ def test_every_row_is_a_run_of_its_config(config):
     assert len({row["key"] for row in rows}) == len(rows)
 
 
-def test_every_number_in_a_table_of_the_pages_is_in_a_report():
-    reports = "".join((DOCS / "experiments" / path.stem / "report.md").read_text() for path in RUN)
-    known = set(re.findall(r"\d+\.\d+", reports))
-    rows = [line for page in PAGES for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) > 5
-    for row in rows:
-        assert set(re.findall(r"\d+\.\d+", row)) <= known, row
+def tables():
+    """The rows of tables on the pages, each with what the reports say that it is made of.
+
+    On a page of experiments it is the report that was last named above the table, under the same heading of second rank;
+    in the overview the reports of the sections to which the row leads, or the one before it. Otherwise it is any report.
+    """
+    reports = {path.stem: (DOCS / "experiments" / path.stem / "report.md").read_text() for path in RUN}
+    source = every = "".join(reports.values())
+    sections = {}
+    for page in sorted((DOCS / "experiments").glob("*.md")):
+        for line in page.read_text().splitlines():
+            if line.startswith("#"):
+                section = f"{page.name}#{slug(line)}"
+                sections[section] = source = source if line.startswith("###") else every
+            for name in re.findall(r"\((\w+)/report\.md\)", line):
+                sections[section] = source = reports[name]
+            if line.startswith("| "):
+                yield line, source
+    for line in (DOCS / "experiments.md").read_text().splitlines():
+        if line.startswith("| "):
+            links = re.findall(r"\(experiments/(\S+?)\)", line)
+            source = "".join(sections[link] for link in links) or source
+            yield line, source
 
 
-def test_every_difference_in_a_table_of_the_pages_stands_in_a_report_with_its_interval():
-    reports = "".join((DOCS / "experiments" / path.stem / "report.md").read_text() for path in RUN)
+def slug(heading):
+    return re.sub(r"[^\w -]", "", heading.lstrip("# ").lower()).replace(" ", "-")
+
+
+def test_every_number_in_a_table_of_the_pages_is_in_its_report():
+    rows = list(tables())
+    assert len(rows) > 100
+    for row, reports in rows:
+        assert set(re.findall(r"\d+\.\d+", row)) <= set(re.findall(r"\d+\.\d+", reports)), row
+
+
+def test_every_difference_in_a_table_of_the_pages_stands_in_its_report_with_its_interval():
     number = r"([+-]\d+\.\d\d)"
     found = 0
-    for page in PAGES:
-        for row in (line for line in page.splitlines() if line.startswith("| ")):
-            # An arm's row as in the report; and "-0.99 (-1.46 to -0.53)" of the overview, in any report.
-            for difference, low, high in re.findall(rf"\| {number} \| {number} to {number} \|", row):
-                arm = row.split(" | ")[0]
-                told = rf"^{re.escape(arm)} \|.*\| {re.escape(f'{difference} | {low} to {high}')} \|"
-                assert re.search(told, reports, re.MULTILINE), row
-                found += 1
-            for difference, low, high in re.findall(rf"{number} \({number} to {number}\)", row):
-                wide = f"| {difference} | {low} to {high} |"
-                assert wide in reports or f"| {difference}, {low} to {high} |" in reports, (difference, low, high, row)
-                found += 1
+    for row, reports in tables():
+        # An arm's row as in the report; and "-0.99 (-1.46 to -0.53)" of the overview.
+        for difference, low, high in re.findall(rf"\| {number} \| {number} to {number} \|", row):
+            arm = row.split(" | ")[0]
+            told = rf"^{re.escape(arm)} \|.*\| {re.escape(f'{difference} | {low} to {high}')} \|"
+            assert re.search(told, reports, re.MULTILINE), row
+            found += 1
+        for difference, low, high in re.findall(rf"{number} \({number} to {number}\)", row):
+            wide = f"| {difference} | {low} to {high} |"
+            assert wide in reports or f"| {difference}, {low} to {high} |" in reports, (difference, low, high, row)
+            found += 1
     assert found > 100
 
 
