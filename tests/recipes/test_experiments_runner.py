@@ -12,7 +12,8 @@ import torch
 import yaml
 from pytorch_lightning import seed_everything
 
-from recipes.experiments import training
+from recipes import report
+from recipes.experiments import figures, training
 from recipes.experiments.__main__ import main
 from recipes.experiments.networks import build
 from recipes.experiments.runner import COLUMNS, keep, pending
@@ -39,7 +40,14 @@ def rows_of(tmp_path, name="runs.csv"):
         return list(csv.DictReader(file))
 
 
-def test_an_experiment_tunes_then_runs_every_seed_and_writes_a_row_a_run(tmp_path):
+def test_an_experiment_tunes_then_runs_every_seed_and_writes_a_row_a_run(tmp_path, monkeypatch):
+    plotted = {}
+
+    def plot_layers(history, key, *options):
+        plotted[key] = [row["epoch"] for row in history]
+        return report.plot_layers(history, key, *options)
+
+    monkeypatch.setattr(figures, "plot_layers", plot_layers)
     arms = {
         "SGD": {"method": "sgd", "weight_decay": 0.001, "grid": {"lr": [0.05, 0.2]}},
         "Mix": {"method": "fgsgd", "momentum": 0.9, "tuned_as": "SGD", "watch": True, "seeds": [0]},
@@ -69,6 +77,7 @@ def test_an_experiment_tunes_then_runs_every_seed_and_writes_a_row_a_run(tmp_pat
     assert any(path.name == "report.md" for path in written)
     drawn = {path.name for path in written if path.parent.name == "history"}
     assert drawn == {f"{watched}_{what}.png" for what in ("norms", "spectral", "std", "radius")}
+    assert plotted == {"spectral": [0, 1], "std": [0, 1], "radius": [0, 1]}  # one column an epoch: no look at the start
 
     before = (tmp_path / "small" / "runs.csv").read_bytes()
     main(file, output=str(tmp_path))  # nothing is left to run
