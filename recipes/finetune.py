@@ -114,5 +114,5 @@ def main(args: Sequence[str] | None = None) -> FinetuneCLI:
 if __name__ == "__main__":
     main()
     # Lightning ends process groups of NCCL alone. One of gloo (CPUs) that outlives the script aborts it now and then.
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
