@@ -3,7 +3,9 @@
 Each is an option of an arm whose ``method`` is ``fgsgd``:
 
 * ``assign``: manifolds by each component's own spectrum, not at random (:class:`BySpectrum`);
-* ``constrain_after``: so many epochs of plain SGD first (:class:`Later`);
+* ``constrain_after``: so many epochs of plain SGD first (:class:`Later`), in which ``gradually: true`` brings the weights
+  onto their manifolds little by little (:class:`Gradually`);
+* ``rates``: learning rates by manifold (:func:`rates_by_manifold`);
 * ``redraw``: new index sets, or the same ones, before every epoch (:class:`Redraw`);
 * ``std_of``: one λ for a whole layer, or none (:class:`OtherStdRescaling`);
 * ``carried: false``: momentum that is not moved along with the weights (:func:`momentum_left_behind`).
@@ -12,10 +14,11 @@ Each is an option of an arm whose ``method`` is ``fgsgd``:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -24,9 +27,21 @@ from torch import Tensor, nn
 from lightning_fgsgd import FGSGD, FeatureStdRescaling, POMGrouping, eager, pom_param_groups
 from lightning_fgsgd.matrices import combine, where
 from lightning_fgsgd.plan import POMParamGroups
+from lightning_fgsgd.pom import POM
+from lightning_fgsgd.prepared import Prepared
 from lightning_fgsgd.step import move, riemannian_gradient
+from lightning_fgsgd.update import Update
 
-__all__ = ["BySpectrum", "Later", "OtherStdRescaling", "Redraw", "flatness", "momentum_left_behind"]
+__all__ = [
+    "BySpectrum",
+    "Gradually",
+    "Later",
+    "OtherStdRescaling",
+    "Redraw",
+    "flatness",
+    "momentum_left_behind",
+    "rates_by_manifold",
+]
 
 # From the manifold that fixes least of a component's Gram matrix to the one that fixes all of it.
 STRENGTH = ("euclidean", "sphere", "oblique", "stiefel")
@@ -98,6 +113,41 @@ class Later(POMGrouping):
                 own = float(optimizer.defaults["lr"]) * group.get("lr_factor", 1.0)
                 group["lr"] *= own / group["initial_lr"]
                 group["initial_lr"] = schedule.scheduler.base_lrs[i] = own
+
+
+class Gradually(Later):
+    """Plain SGD for some epochs, in which the weights come onto their manifolds little by little.
+
+    After each step every weight goes a part of its way to the nearest point of its manifolds: one over the steps that are
+    left of those epochs. Without gradients the distance would fall linearly; after the last of the steps it is 0.
+
+    Args:
+        constrain_after: as of :class:`Later`.
+        settings: of :class:`~lightning_fgsgd.POMGrouping`, with ``start="project"``: with the others there is no nearest
+            point to go to.
+    """
+
+    def __init__(self, constrain_after: int, **settings: Any) -> None:
+        super().__init__(constrain_after, **settings)
+        if self.settings["start"] != "project":
+            raise ValueError(f"gradually: it is for start: project, got {self.settings['start']!r}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._planned = pom_param_groups(pl_module, **self.settings).plan.weights
+        self._left = self.constrain_after * int(trainer.num_training_batches)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Go a part of the way."""
+        if self._left <= 0:
+            return
+        for weight, planned in self._planned.items():
+            nearest = weight.detach().clone()
+            POM.place(planned, nearest)
+            weight.lerp_(nearest, 1 / self._left)
+        self._left -= 1
 
 
 class Redraw(Callback):
@@ -173,3 +223,38 @@ def momentum_left_behind() -> Iterator[None]:
         yield
     finally:
         eager.move = before
+
+
+@contextmanager
+def rates_by_manifold(rates: Mapping[str, float]) -> Iterator[None]:
+    """Inside, a group's learning rate is the optimizer's, times what ``rates`` has for its manifold, 1 by default.
+
+    Args:
+        rates: factor by the manifold's name.
+
+    Raises:
+        ValueError: in the first step, where components of different manifolds share a group: a group has one rate.
+    """
+    unknown = [name for name in rates if name not in STRENGTH]
+    if unknown or not all(rate > 0 for rate in rates.values()):
+        raise ValueError(f"rates: positive factors by {', '.join(STRENGTH)}, got {dict(rates)}")
+    before = Prepared.shares
+
+    def shares(self: Prepared, updates: Sequence[Update], *args: Any, **kwargs: Any) -> list[Tensor]:
+        found = before(self, updates, *args, **kwargs)
+        return [share * _factors(update.pom, rates).to(share) for share, update in zip(found, updates, strict=True)]
+
+    with patch.object(Prepared, "shares", shares):
+        yield
+
+
+def _factors(pom: POM, rates: Mapping[str, float]) -> Tensor:
+    """What ``rates`` has for each group of a weight, (G,)."""
+    of_component = torch.tensor([rates.get(name, 1.0) for name in pom.sets.manifold_names])[
+        pom.sets.manifold.long().cpu()
+    ]
+    group = pom.sets.group.long().cpu()
+    factors = torch.ones(pom.num_groups).index_copy_(0, group, of_component)
+    if not torch.equal(factors[group], of_component):
+        raise ValueError(f"rates: groups of {pom.name} have components of several manifolds; groups: each has not")
+    return factors

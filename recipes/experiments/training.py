@@ -24,7 +24,15 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fgsgd import FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping
-from recipes.experiments.choices import BySpectrum, Later, OtherStdRescaling, Redraw, momentum_left_behind
+from recipes.experiments.choices import (
+    BySpectrum,
+    Gradually,
+    Later,
+    OtherStdRescaling,
+    Redraw,
+    momentum_left_behind,
+    rates_by_manifold,
+)
 from recipes.experiments.data import Task
 from recipes.experiments.forgetting import Forgetting, photographs
 from recipes.experiments.methods import BASELINES, head_of
@@ -41,7 +49,7 @@ RESCALING = ("gamma", "clamp", "limit", "every_n_batches")
 MODULE = ("warmup", "power", "constrained_power", "euclidean_lr", "frozen_norms", "pull")
 OPTIMIZER = ("lr", "momentum", "nesterov", "weight_decay", "rho", "metric")
 # Of choices.py.
-CHOICES = ("assign", "constrain_after", "redraw", "std_of", "carried")
+CHOICES = ("assign", "constrain_after", "gradually", "rates", "redraw", "std_of", "carried")
 
 # Mean and deviation of Fashion-MNIST's pixels, for networks that were not trained on anything else.
 GREY = {"mean": (0.286,), "std": (0.353,)}
@@ -235,6 +243,7 @@ def train(
     turning = Turning() if options.pop("turning", False) else None
     module_options = {name: options.pop(name) for name in MODULE if name in options}
     carried = method != "fgsgd" or options.pop("carried", True)
+    rates = options.pop("rates", None) if method == "fgsgd" else None
     callbacks, options = _callbacks(method, options, seed, watch)
     if not carried:
         options["fused"] = False
@@ -266,7 +275,10 @@ def train(
     )
     began = time.perf_counter()
     try:
-        with nullcontext() if carried else momentum_left_behind():
+        with (
+            nullcontext() if carried else momentum_left_behind(),
+            rates_by_manifold(rates) if rates else nullcontext(),
+        ):
             trainer.fit(module, data)
     except (Diverged, FloatingPointError):  # FGSGD raises the latter where gradients are not finite
         errors = ("train_loss", "val_error", *(("test_error",) if test else ()))
@@ -341,7 +353,9 @@ def _grouping(choices: dict[str, Any], **settings: Any) -> POMGrouping:
     if "assign" in choices:
         return BySpectrum(choices["assign"], **settings)
     if "constrain_after" in choices:
-        return Later(choices["constrain_after"], **settings)
+        return (Gradually if choices.get("gradually") else Later)(choices["constrain_after"], **settings)
+    if "gradually" in choices:
+        raise ValueError("gradually: it goes with constrain_after, the epochs that it takes")
     return POMGrouping(**settings)
 
 

@@ -9,11 +9,13 @@ from torch import nn
 from lightning_fgsgd import FGSGD, FeatureStdRescaling, POMGrouping, eager, pom_param_groups, scaling
 from recipes.experiments.choices import (
     BySpectrum,
+    Gradually,
     Later,
     OtherStdRescaling,
     Redraw,
     flatness,
     momentum_left_behind,
+    rates_by_manifold,
 )
 from recipes.experiments.networks import cifar_resnet
 from recipes.experiments.training import Classifier, Task, Trainer, train
@@ -108,6 +110,69 @@ def test_constrained_later_the_weights_hold_the_norms_that_they_have_by_then():
     assert later.seen[2] == pytest.approx(later.seen[1], rel=1e-5)
     assert weight in optimizer.poms
     assert optimizer.distance(weight) < 1e-5
+
+
+def test_brought_gradually_the_weights_are_on_their_manifolds_when_they_are_constrained():
+    class Distances(Gradually):
+        seen: list
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            filters = pl_module.net.conv1.weight.detach().flatten(1)
+            self.seen = [*getattr(self, "seen", []), float((filters.norm(dim=1) - 1).abs().max())]
+
+    gradually = Distances(2, manifolds=["sphere"], cutting="filter", block_size=1, start="project")
+    # A rate that moves next to nothing: what is seen is the way to the manifolds alone, a straight one.
+    module, optimizer = fitted([gradually], lr=1e-7)
+    steps = len(gradually.seen) * 2 // 3
+    start = gradually.seen[0] * steps / (steps - 1)
+    line = [start * (steps - n) / steps for n in range(1, steps + 1)]
+    assert start > 0.1
+    assert gradually.seen[:steps] == pytest.approx(line, abs=1e-5)
+    assert gradually.seen[steps:] == pytest.approx([0.0] * (steps // 2), abs=1e-5)
+    assert module.net.conv1.weight in optimizer.poms
+
+
+def test_gradually_is_refused_where_there_is_no_nearest_point_to_go_to():
+    with pytest.raises(ValueError, match="gradually: it is for start: project, got 'preserve'"):
+        Gradually(1)
+    with pytest.raises(ValueError, match="gradually: it goes with constrain_after"):
+        train({**CONFIG, "method": "fgsgd", "lr": 0.1, "gradually": True, "rescale": False}, 0, test=False, root="")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_with_rates_by_manifold_a_group_moves_as_with_that_learning_rate(fused):
+    def stepped(lr, rates):
+        torch.manual_seed(0)
+        net = nn.Conv2d(8, 16, 3)
+        groups = pom_param_groups(net, cutting="filter", block_size=4, groups=4, start="project")
+        optimizer = FGSGD(groups, lr=lr, momentum=0.9, fused=fused)
+        with rates_by_manifold(rates):
+            for _ in range(3):
+                net.weight.grad = torch.sin(torch.arange(net.weight.numel())).view_as(net.weight)  # wherever it is
+                optimizer.step()
+        pom = optimizer.poms[net.weight]
+        return pom.cutting.cut(net.weight.detach()), {name: pom.on(name) for name in pom.sets.manifold_names}
+
+    mixed, on = stepped(0.1, {"sphere": 0.5, "stiefel": 3.0})
+    for name, lr in (("sphere", 0.05), ("oblique", 0.1), ("stiefel", 0.3)):
+        assert on[name].any()
+        alone, _ = stepped(lr, {})
+        torch.testing.assert_close(mixed[on[name]], alone[on[name]])
+        assert not torch.allclose(mixed[~on[name]], alone[~on[name]], atol=1e-4)
+
+
+def test_rates_by_manifold_are_refused_where_they_have_no_meaning():
+    told = "rates: positive factors by euclidean, sphere, oblique, stiefel, got"
+    with pytest.raises(ValueError, match=told), rates_by_manifold({"ball": 1.0}):
+        pass
+    net = nn.Conv2d(8, 16, 3)
+    optimizer = FGSGD(pom_param_groups(net, cutting="filter", block_size=4, groups=1), lr=0.1)
+    net.weight.grad = torch.ones_like(net.weight)
+    told = "rates: groups of weight have components of several manifolds"
+    with pytest.raises(ValueError, match=told), rates_by_manifold({"sphere": 0.5}):
+        optimizer.step()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("new", [True, False])
