@@ -96,37 +96,52 @@ def plot_curves(
     return path
 
 
-def plot_turning(
-    turning: Mapping[str, Sequence[Sequence[Row]]], reference: str, path: Path, most: int = MOST_CURVES
+# What is drawn of what arms were asked to measure, see :data:`~recipes.experiments.training.MEASURED`.
+MEASURED = {
+    "turning": {
+        "turn": "median filter's turn, ° a step",
+        "channels": "share of channels used",
+        "rank": "share of dimensions used",
+    },
+    "conditioning": {
+        "curvature": "share of the curvature's dimensions used",
+        "inputs": "share of the inputs' dimensions used",
+        "gradients": "share of the gradients' dimensions used",
+    },
+}
+
+
+def plot_measured(
+    measured: Mapping[str, Sequence[Sequence[Row]]],
+    labels: Mapping[str, str],
+    reference: str,
+    path: Path,
+    most: int = MOST_CURVES,
 ) -> Path:
-    """How filters turn over epochs, means over seeds, an arm a line: the reference and the first arms.
+    """What was measured over epochs, means over seeds, an arm a line: the reference and the first arms.
 
     Args:
-        turning: by arm, the rows of ``turning.csv`` of its runs.
+        measured: by arm, the rows of ``turning.csv`` or ``conditioning.csv`` of its runs.
+        labels: what is drawn, by column; the first has a logarithmic axis.
         reference: the arm that is drawn in black.
         path: where to save.
         most: arms that are drawn.
     """
-    columns = {
-        "turn": "median filter's turn, ° a step",
-        "channels": "share of channels used",
-        "rank": "share of dimensions used",
-    }
-    figure, axes = figure_of(3, width=15.0, height=4.5)
-    names = [arm for arm in turning if arm != reference][: most - 1]
-    for arm, curves in ((arm, curves) for arm, curves in turning.items() if arm in (reference, *names)):
-        for axis, column in zip(axes, columns, strict=True):
+    figure, axes = figure_of(len(labels), width=15.0, height=4.5)
+    names = [arm for arm in measured if arm != reference][: most - 1]
+    for arm, curves in ((arm, curves) for arm, curves in measured.items() if arm in (reference, *names)):
+        for axis, column in zip(axes, labels, strict=True):
             points = _mean_by_epoch(curves, column)
             style = {"color": "black", "linewidth": 2} if arm == reference else {"linewidth": 1}
             axis.plot(list(points), list(points.values()), label=arm, marker=".", **style)
-    for axis, label in zip(axes, columns.values(), strict=True):
+    for axis, label in zip(axes, labels.values(), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
     _logarithmic(axes[0])
-    shown = sum(arm in (reference, *names) for arm in turning)
-    if shown < len(turning):
-        axes[0].set_title(f"{shown} of {len(turning)} arms, the first of the report", fontsize=9)
-    axes[2].legend(fontsize=7)
+    shown = sum(arm in (reference, *names) for arm in measured)
+    if shown < len(measured):
+        axes[0].set_title(f"{shown} of {len(measured)} arms, the first of the report", fontsize=9)
+    axes[-1].legend(fontsize=7)
     figure.savefig(path)
     return path
 

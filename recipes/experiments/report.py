@@ -10,8 +10,19 @@ from typing import Any
 
 from lightning_fgsgd.choices import DEFAULT_MANIFOLDS
 from recipes.experiments import figures
+from recipes.experiments.conditioning import CONDITIONING
 from recipes.experiments.spec import asked_for, tuning_runs
-from recipes.experiments.summary import FORGETTING, Row, finals, read, read_curves, summarise, tuned, turned
+from recipes.experiments.summary import (
+    FORGETTING,
+    Row,
+    conditioned,
+    finals,
+    read,
+    read_curves,
+    summarise,
+    tuned,
+    turned,
+)
 
 SHORT = {"sphere": "Sp", "oblique": "Ob", "stiefel": "St", "euclidean": "Euc"}
 MEASURED = {
@@ -48,8 +59,10 @@ def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
     if any(isinstance(row["agreement"], float) for row in rows):
         parts += ["## What is forgotten", forgetting_table(summary)]
         against = (spec["reference"], *against)
-    if turning := _turning(folder, spec, rows):
+    if turning := _measured(folder, "turning", spec, rows):
         parts += ["## How filters turn", turning_table(turning)]
+    if conditioning := _measured(folder, "conditioning", spec, rows):
+        parts += ["## How even the curvature is", conditioning_table(conditioning)]
     parts += [paired_table(rows, {**spec, "reference": arm}) for arm in against]
     if any(options.get("grid") for options in spec["arms"].values()):
         parts += ["## Tuning", tuning_table(rows, spec)]
@@ -135,6 +148,22 @@ def turning_table(turning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     return note + _markdown(head, lines)
 
 
+def conditioning_table(conditioning: Mapping[str, Sequence[Sequence[Row]]]) -> str:
+    """How even the spectra of the layers' curvature are, by arm, from the epochs of its runs."""
+    lines = []
+    for arm, curves in conditioning.items():
+        row = conditioned(curves)
+        shares = [[row[f"{name}_{part}"] for part in ("first", "middle", "last")] for name in CONDITIONING]
+        lines.append([arm, *(f"{100 * share:.2f}" for parts in shares for share in parts)])
+    head = ["arm", *(f"{name}, {part}" for name in CONDITIONING for part in ("first epoch", "middle", "last"))]
+    note = (
+        "Shares, in %, of the dimensions that the spectra of a layer's inputs, of its gradients, and of the Kronecker-"
+        "factored curvature use, "
+        "means over layers and seeds ([conditioning.py](../../../recipes/experiments/conditioning.py)).\n\n"
+    )
+    return note + _markdown(head, lines)
+
+
 def paired_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     """Error, and what is forgotten if it was measured, beside the reference's by seed; empty where no two can be paired."""
     kept = [name for name in PAIRED if any(isinstance(row[name], float) for row in rows)]
@@ -210,9 +239,9 @@ def _origin(spec: Mapping[str, Any], rows: Sequence[Row]) -> str:
     )
 
 
-def _turning(folder: Path, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
-    """The rows of ``turning.csv`` of the runs that count, by arm; of the arms that have some."""
-    curves = read_curves(folder, "turning.csv")
+def _measured(folder: Path, name: str, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """The rows of ``<name>.csv`` of the runs that count, by arm; of the arms that have some."""
+    curves = read_curves(folder, f"{name}.csv")
     by_arm = {arm: [curves[r["key"]] for r in finals(rows, arm).values() if r["key"] in curves] for arm in spec["arms"]}
     return {arm: found for arm, found in by_arm.items() if found}
 
@@ -225,8 +254,9 @@ def _figures(folder: Path, spec: Mapping[str, Any], rows: Sequence[Row], summary
         curves = read_curves(folder)
         by_arm = {arm: [curves[r["key"]] for r in finals(rows, arm).values() if r["key"] in curves] for arm in errors}
         drawn.append(figures.plot_curves(by_arm, summary, spec["reference"], folder / "curves.png"))
-    if turning := _turning(folder, spec, rows):
-        drawn.append(figures.plot_turning(turning, spec["reference"], folder / "turning.png"))
+    for name, labels in figures.MEASURED.items():
+        if measured := _measured(folder, name, spec, rows):
+            drawn.append(figures.plot_measured(measured, labels, spec["reference"], folder / f"{name}.png"))
     for arm in spec["arms"]:
         for row in finals(rows, arm).values():
             file = folder / "history" / f"{row['key']}.json"

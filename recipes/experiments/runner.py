@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recipes.experiments.conditioning import CONDITIONING
 from recipes.experiments.spec import Run, final_runs, tuning_runs
 from recipes.experiments.training import Outcome, provenance, train
 from recipes.experiments.turning import TURNING
@@ -33,7 +34,7 @@ MEASURES = (
 )
 COLUMNS = ("key", "stage", "arm", "seed", *MEASURES, "commit", "versions", "device", "config")
 EPOCH = ("key", "epoch", "train_loss", "val_error")
-EPOCH_TURNING = ("key", "epoch", *TURNING)
+EPOCH_MEASURED = {"turning": ("key", "epoch", *TURNING), "conditioning": ("key", "epoch", *CONDITIONING)}
 
 
 def run_all(spec: Mapping[str, Any], folder: Path, root: str, workers: int, devices: Sequence[str]) -> None:
@@ -41,8 +42,8 @@ def run_all(spec: Mapping[str, Any], folder: Path, root: str, workers: int, devi
 
     Args:
         spec: the experiment, see :mod:`~recipes.experiments.spec`.
-        folder: where ``runs.csv``, ``curves.csv``, ``turning.csv`` and ``history/`` are kept; what they hold is not run
-            again.
+        folder: where ``runs.csv``, ``curves.csv``, ``turning.csv``, ``conditioning.csv`` and ``history/`` are kept; what
+            they hold is not run again.
         root: folder of the data.
         workers: processes that run side by side.
         devices: each of them takes its turn in these.
@@ -118,9 +119,8 @@ def pending(spec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Itera
 def keep(folder: Path, run: Run, outcome: Outcome, origin: Mapping[str, str]) -> dict[str, Any]:
     """Write down what came out of a run; its row is written last, so that what has a row is whole."""
     _append(folder / "curves.csv", EPOCH, [{"key": run.key, **_rounded(epoch)} for epoch in outcome.epochs])
-    if outcome.turning:
-        turning = [{"key": run.key, **_rounded(epoch)} for epoch in outcome.turning]
-        _append(folder / "turning.csv", EPOCH_TURNING, turning)
+    for name, epochs in outcome.measured.items():
+        _append(folder / f"{name}.csv", EPOCH_MEASURED[name], [{"key": run.key, **_rounded(epoch)} for epoch in epochs])
     if outcome.history is not None:
         (folder / "history").mkdir(exist_ok=True)
         (folder / "history" / f"{run.key}.json").write_text(json.dumps(outcome.history))

@@ -16,7 +16,8 @@ validation error is what its final runs use. With ``keep: agreement`` (or ``agre
 within one standard error of that, the one whose networks agree most with the pretrained one: errors closer than that cannot
 be told apart by so many validation images. ``tuned_as`` takes the point that another arm chose. ``watch: true`` keeps
 norms, bounds, λ and R of the run with the first seed; ``turning: true`` how filters turn, epoch by epoch, of every run;
-``layout: true`` puts the arm into the table laid out as the paper's.
+``conditioning: true`` how even the layers' curvature is; ``layout: true`` puts the arm into the table laid out as the
+paper's.
 """
 
 from __future__ import annotations

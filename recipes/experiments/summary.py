@@ -12,6 +12,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from recipes.experiments.conditioning import CONDITIONING
 from recipes.experiments.spec import choose, tuning_runs
 
 Row = dict[str, Any]
@@ -30,8 +31,8 @@ def read(folder: Path) -> list[Row]:
 
 
 def read_curves(folder: Path, name: str = "curves.csv") -> dict[str, list[Row]]:
-    """The rows of ``curves.csv``, or ``turning.csv``, by run: the last of each epoch, should a run have been cut off and run
-    again."""
+    """The rows of ``curves.csv``, or of what was measured, by run: the last of each epoch, should a run have been cut off
+    and run again."""
     file = folder / name
     if not file.is_file():
         return {}
@@ -73,6 +74,20 @@ def turned(curves: Sequence[Sequence[Row]]) -> Row:
     layers = [row["layers"] for rows in curves for row in rows]
     uneven = {"layers": median(layers), "still": fmean(ratio > 1000 for ratio in layers)}
     return {name: fmean(values) for name, values in found.items()} | uneven
+
+
+def conditioned(curves: Sequence[Sequence[Row]]) -> Row:
+    """How even the curvature was in the runs of one arm, means over runs: after the first epoch, half of them and the last.
+
+    Args:
+        curves: the rows of ``conditioning.csv`` of each run, see :class:`~recipes.experiments.conditioning.Conditioning`.
+    """
+    of_run = [{"first": rows[0], "middle": rows[(len(rows) - 1) // 2], "last": rows[-1]} for rows in curves]
+    return {
+        f"{name}_{part}": fmean(epochs[part][name] for epochs in of_run)
+        for name in CONDITIONING
+        for part in ("first", "middle", "last")
+    }
 
 
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -33,6 +33,7 @@ from recipes.experiments.choices import (
     momentum_left_behind,
     rates_by_manifold,
 )
+from recipes.experiments.conditioning import Conditioning
 from recipes.experiments.data import Task
 from recipes.experiments.forgetting import Forgetting, photographs
 from recipes.experiments.methods import BASELINES, head_of
@@ -51,19 +52,22 @@ OPTIMIZER = ("lr", "momentum", "nesterov", "weight_decay", "rho", "metric")
 # Of choices.py.
 CHOICES = ("assign", "constrain_after", "gradually", "rates", "redraw", "std_of", "carried")
 
+# What is measured in every epoch where an arm has ``<name>: true``.
+MEASURED = {"turning": Turning, "conditioning": Conditioning}
+
 # Mean and deviation of Fashion-MNIST's pixels, for networks that were not trained on anything else.
 GREY = {"mean": (0.286,), "std": (0.353,)}
 
 
 @dataclass
 class Outcome:
-    """What a run gives: its numbers for the row, a dict an epoch, the history of its layers if it was watched, and how
-    filters turned in each epoch if that was asked for."""
+    """What a run gives: its numbers for the row, a dict an epoch, the history of its layers if it was watched, and what of
+    :data:`MEASURED` was asked for, by name, a dict an epoch."""
 
     numbers: dict[str, float]
     epochs: list[dict[str, float]] = field(default_factory=list)
     history: dict[str, Any] | None = None
-    turning: list[dict[str, float]] = field(default_factory=list)
+    measured: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
 
 class Classifier(FGSGDMixin, LightningModule):
@@ -226,8 +230,7 @@ def train(
     Args:
         config: ``data`` (of :class:`~recipes.experiments.data.Task`), ``network`` (of
             :func:`~recipes.experiments.networks.build`), ``epochs``, ``validate_every`` and ``method``; all other
-            entries are options of the method, of its callbacks for ``fgsgd``, but for ``turning: true``, which measures how
-            filters turn (:class:`~recipes.experiments.turning.Turning`).
+            entries are options of the method, of its callbacks for ``fgsgd``, but for the names of :data:`MEASURED`.
         seed: of the images that are drawn, the network's start, the batches and the index sets.
         test: whether the test images are looked at.
         root: folder of the data.
@@ -240,7 +243,7 @@ def train(
     network, epochs = options.pop("network"), options.pop("epochs")
     every, method = options.pop("validate_every", 1), options.pop("method")
     bn_momentum = options.pop("bn_momentum", None)
-    turning = Turning() if options.pop("turning", False) else None
+    watching = {name: kind() for name, kind in MEASURED.items() if options.pop(name, False)}
     module_options = {name: options.pop(name) for name in MODULE if name in options}
     carried = method != "fgsgd" or options.pop("carried", True)
     rates = options.pop("rates", None) if method == "fgsgd" else None
@@ -267,13 +270,14 @@ def train(
         devices=[int(device.partition(":")[2] or 0)] if device.startswith("cuda") else 1,
         check_val_every_n_epoch=every,
         num_sanity_val_steps=0,
-        callbacks=[curve, *callbacks, *([] if turning is None else [turning])],
+        callbacks=[curve, *callbacks, *watching.values()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     began = time.perf_counter()
+    measured = {name: callback.epochs for name, callback in watching.items()}
     try:
         with (
             nullcontext() if carried else momentum_left_behind(),
@@ -283,7 +287,7 @@ def train(
     except (Diverged, FloatingPointError):  # FGSGD raises the latter where gradients are not finite
         errors = ("train_loss", "val_error", *(("test_error",) if test else ()))
         lost = {"seconds": time.perf_counter() - began, **dict.fromkeys(errors, math.nan)}
-        return Outcome(lost, curve.epochs, turning=[] if turning is None else turning.epochs)
+        return Outcome(lost, curve.epochs, measured=measured)
     numbers = {"seconds": time.perf_counter() - began} | curve.epochs[-1]
     del numbers["epoch"]
     if test:
@@ -292,7 +296,7 @@ def train(
     if kept is not None:
         numbers |= kept.measure(net)
     history = (_history(callbacks) or None) if watch else None
-    return Outcome(numbers, curve.epochs, history, [] if turning is None else turning.epochs)
+    return Outcome(numbers, curve.epochs, history, measured)
 
 
 class Kept:

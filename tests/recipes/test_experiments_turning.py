@@ -94,7 +94,7 @@ def test_turns_are_those_of_the_weights_in_every_step(monkeypatch, options):
 
     real = training.Trainer
     monkeypatch.setattr(training, "Trainer", with_it)
-    found = train({**SMALL, **options, "turning": True}, 0, test=False, root="").turning
+    found = train({**SMALL, **options, "turning": True}, 0, test=False, root="").measured["turning"]
     assert [set(row) for row in found] == [{"epoch", *TURNING}] * 2
     for row, steps in zip(found, kept.epochs, strict=True):
         angles = [
@@ -122,7 +122,8 @@ def test_filters_with_a_group_each_and_a_large_rho_turn_alike_and_by_the_rate_ov
         "warmup": 0.0,
         "power": 0.0,
     }
-    _, row = train({**SMALL, **still, "turning": True}, 0, test=False, root="").turning  # timm's branches start at 0
+    outcome = train({**SMALL, **still, "turning": True}, 0, test=False, root="")
+    _, row = outcome.measured["turning"]  # timm's branches start at 0
     # 𝔤 = R_g (2ρ + R_g), and half the cosine to the power 0 is 1: each step is lr / (2ρ + R_g) long.
     assert row["turn"] == pytest.approx(math.degrees(20 / 2e4), rel=0.01)
     assert row["filters"] < 0.05
@@ -155,7 +156,7 @@ def test_a_run_that_diverges_keeps_how_its_filters_turned_until_then(monkeypatch
     monkeypatch.setattr(training.Curve, "on_train_batch_end", lost_in_the_second)
     outcome = train({**SMALL, "method": "sgd", "lr": 0.1, "turning": True}, 0, test=True, root="")
     assert math.isnan(outcome.numbers["test_error"])
-    assert [row["epoch"] for row in outcome.turning] == [1]
+    assert [row["epoch"] for row in outcome.measured["turning"]] == [1]
 
 
 def test_of_the_epochs_of_a_run_the_quarters_and_the_end_are_told():
