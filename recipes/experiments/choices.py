@@ -129,21 +129,37 @@ class Gradually(Later):
 
     def __init__(self, constrain_after: int, **settings: Any) -> None:
         super().__init__(constrain_after, **settings)
-        if self.settings["start"] != "project":
-            raise ValueError(f"gradually: it is for start: project, got {self.settings['start']!r}")
+        layers = (self.settings["overrides"] or {}).values()
+        for start in (self.settings["start"], *(layer["start"] for layer in layers if "start" in layer)):
+            if start != "project":
+                raise ValueError(f"gradually: it is for start: project, got {start!r}")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._planned = pom_param_groups(pl_module, **self.settings).plan.weights
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the manifolds, as they will be again when the weights are constrained.
+
+        Raises:
+            ValueError: the run has no more epochs than it takes.
+        """
+        if self.constrain_after >= (trainer.max_epochs or 0):
+            raise ValueError(f"gradually: {self.constrain_after} of {trainer.max_epochs} epochs; some are to follow")
+        planned = pom_param_groups(pl_module, **self.settings).plan.weights
+        self._planned = {weight: how for weight, how in planned.items() if weight.requires_grad}
         self._left = self.constrain_after * int(trainer.num_training_batches)
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Go a part of the way."""
+        """Go a part of the way.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+        """
         if self._left <= 0:
             return
         for weight, planned in self._planned.items():
+            if not bool(weight.isfinite().all()):
+                raise FloatingPointError(f"{planned.name}: not finite after a step of plain SGD")
             nearest = weight.detach().clone()
             POM.place(planned, nearest)
             weight.lerp_(nearest, 1 / self._left)

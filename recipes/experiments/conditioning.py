@@ -1,4 +1,4 @@
-"""How well conditioned the problem of each layer is while a network is trained: the same for every method.
+"""How even the curvature of each layer is while a network is trained: the same for every method.
 
 By its Kronecker factors (K-FAC, Martens & Grosse 2015) the curvature of the weights of a layer is A ⊗ G, with A the second
 moments of what the layer reads and G those of the loss's gradients with respect to what it gives. Where both are multiples
@@ -37,10 +37,14 @@ class Conditioning(Callback):
         self.epochs: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: D102
-        self._layers = constrainable(pl_module.net)
-        grouped = [type(m).__name__ for m in self._layers if getattr(m, "groups", 1) > 1]
-        if grouped:
-            raise ValueError(f"conditioning: for layers that read all channels, got {grouped[0]} with groups")
+        self._layers = [layer for layer in constrainable(pl_module.net) if layer.weight.requires_grad]
+        for layer in self._layers:
+            if getattr(layer, "groups", 1) > 1:
+                raise ValueError(
+                    f"conditioning: for layers that read all channels, got {type(layer).__name__} with groups"
+                )
+            if type(layer) not in (nn.Linear, nn.Conv2d) or isinstance(getattr(layer, "padding", 0), str):
+                raise ValueError(f"conditioning: for nn.Linear and nn.Conv2d with a padding in numbers, got {layer}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
         first = max(int(trainer.num_training_batches) - self.batches, 0)
@@ -48,7 +52,7 @@ class Conditioning(Callback):
             return
         if batch_idx == first:
             self._moments: dict[tuple[nn.Module, str], Tensor] = {}
-        self._hooks = [layer.register_forward_hook(self._read) for layer in self._layers]
+        self._hooks = [layer.register_forward_hook(self._read, prepend=True) for layer in self._layers]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
         for hook in getattr(self, "_hooks", []):
@@ -56,7 +60,8 @@ class Conditioning(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: D102
         even = {key: evenness(moments) for key, moments in self._moments.items()}
-        by_layer = [(even[layer, "inputs"], even[layer, "gradients"]) for layer in self._layers]
+        called = [layer for layer in self._layers if (layer, "gradients") in even]
+        by_layer = [(even[layer, "inputs"], even[layer, "gradients"]) for layer in called]
         inputs, gradients = (fmean(side) for side in zip(*by_layer, strict=True))
         curvature = fmean(a * g for a, g in by_layer)
         self.epochs.append(

@@ -240,9 +240,12 @@ def _origin(spec: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def _measured(folder: Path, name: str, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
-    """The rows of ``<name>.csv`` of the runs that count, by arm; of the arms that have some."""
+    """The rows of ``<name>.csv`` of the runs that count and did not diverge, by arm; of the arms that have some."""
     curves = read_curves(folder, f"{name}.csv")
-    by_arm = {arm: [curves[r["key"]] for r in finals(rows, arm).values() if r["key"] in curves] for arm in spec["arms"]}
+    ended = [row for row in rows if isinstance(row["test_error"], float) and math.isfinite(row["test_error"])]
+    by_arm = {
+        arm: [curves[r["key"]] for r in finals(ended, arm).values() if r["key"] in curves] for arm in spec["arms"]
+    }
     return {arm: found for arm, found in by_arm.items() if found}
 
 

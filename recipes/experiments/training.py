@@ -23,16 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fgsgd import FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping
-from recipes.experiments.choices import (
-    BySpectrum,
-    Gradually,
-    Later,
-    OtherStdRescaling,
-    Redraw,
-    momentum_left_behind,
-    rates_by_manifold,
-)
+from lightning_fgsgd import FeatureStdRescaling, FGSGDMixin, NormBoundMonitor
+from recipes.experiments.callbacks import callbacks_of
+from recipes.experiments.choices import momentum_left_behind, rates_by_manifold
 from recipes.experiments.conditioning import Conditioning
 from recipes.experiments.data import Task
 from recipes.experiments.forgetting import Forgetting, photographs
@@ -42,15 +35,7 @@ from recipes.experiments.turning import Turning
 
 PACKAGES = ("lightning-fgsgd", "torch", "timm", "pytorch-lightning")
 
-GROUPING = (
-    "scheme", "manifolds", "start", "cutting", "block_size", "groups", "include", "exclude", "overrides", "layer_decay",
-    "no_weight_decay",
-)  # fmt: skip
-RESCALING = ("gamma", "clamp", "limit", "every_n_batches")
 MODULE = ("warmup", "power", "constrained_power", "euclidean_lr", "frozen_norms", "pull")
-OPTIMIZER = ("lr", "momentum", "nesterov", "weight_decay", "rho", "metric")
-# Of choices.py.
-CHOICES = ("assign", "constrain_after", "gradually", "rates", "redraw", "std_of", "carried")
 
 # What is measured in every epoch where an arm has ``<name>: true``.
 MEASURED = {"turning": Turning, "conditioning": Conditioning}
@@ -246,8 +231,8 @@ def train(
     watching = {name: kind() for name, kind in MEASURED.items() if options.pop(name, False)}
     module_options = {name: options.pop(name) for name in MODULE if name in options}
     carried = method != "fgsgd" or options.pop("carried", True)
-    rates = options.pop("rates", None) if method == "fgsgd" else None
-    callbacks, options = _callbacks(method, options, seed, watch)
+    rates = options.get("rates")
+    callbacks, options = callbacks_of(method, options, seed, watch)
     if not carried:
         options["fused"] = False
 
@@ -310,57 +295,6 @@ class Kept:
     def measure(self, net: nn.Module) -> dict[str, float]:
         """The columns of a row, see :class:`~recipes.experiments.forgetting.Forgetting`."""
         return self.photographs.measure(net) | {"drift_task": self.task.drift(net)}
-
-
-def _callbacks(method: str, options: dict[str, Any], seed: int, watch: bool) -> tuple[list[Callback], dict[str, Any]]:
-    """The callbacks of FG-SGD, none for the baselines; and the options that are the optimizer's."""
-    if method != "fgsgd":
-        if method not in BASELINES:
-            raise ValueError(
-                f"method: unknown method {method!r}; choose from 'fgsgd', {', '.join(map(repr, BASELINES))}"
-            )
-        return [], options
-    options = dict(options)
-    rescale = options.pop("rescale", True)
-    grouping = {name: options.pop(name) for name in GROUPING if name in options}
-    rescaling = {name: options.pop(name) for name in RESCALING if name in options}
-    choices = {name: options.pop(name) for name in CHOICES if name in options}
-    unknown = [name for name in options if name not in OPTIMIZER]
-    if unknown:
-        known = (*GROUPING, *RESCALING, *OPTIMIZER, *CHOICES)
-        raise ValueError(f"{unknown[0]}: not an option of fgsgd; choose from {', '.join(known)}")
-    own = _grouping(choices, seed=seed, **grouping)
-    callbacks: list[Callback] = [own]
-    preserves = grouping.get("start", "preserve") == "preserve"
-    for name in ("redraw", "std_of"):
-        if name in choices and rescale and preserves:
-            raise ValueError(
-                f"{name}: with R by λ it is for start: project or random; preserve keeps λ of the first epoch"
-            )
-    if "constrain_after" in choices and rescale:
-        raise ValueError("constrain_after: it needs rescale: false; until then there is no R")
-    if redraw := choices.get("redraw"):
-        if redraw not in ("new", "same"):
-            raise ValueError(f"redraw: unknown choice {redraw!r}; choose from 'new', 'same'")
-        callbacks.append(Redraw(own, new=redraw == "new"))
-    if rescale:
-        other = {"std_of": choices["std_of"]} if "std_of" in choices else {}
-        callbacks.append(OtherStdRescaling(**other, **rescaling) if other else FeatureStdRescaling(**rescaling))
-    if watch:
-        callbacks.append(NormBoundMonitor())
-    return callbacks, options
-
-
-def _grouping(choices: dict[str, Any], **settings: Any) -> POMGrouping:
-    if "assign" in choices and "constrain_after" in choices:
-        raise ValueError("assign: it goes with no constrain_after")
-    if "assign" in choices:
-        return BySpectrum(choices["assign"], **settings)
-    if "constrain_after" in choices:
-        return (Gradually if choices.get("gradually") else Later)(choices["constrain_after"], **settings)
-    if "gradually" in choices:
-        raise ValueError("gradually: it goes with constrain_after, the epochs that it takes")
-    return POMGrouping(**settings)
 
 
 def _history(callbacks: list[Callback]) -> dict[str, Any]:

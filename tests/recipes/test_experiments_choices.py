@@ -1,5 +1,6 @@
 """Choices of the method that the experiments measure."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -133,11 +134,52 @@ def test_brought_gradually_the_weights_are_on_their_manifolds_when_they_are_cons
     assert module.net.conv1.weight in optimizer.poms
 
 
-def test_gradually_is_refused_where_there_is_no_nearest_point_to_go_to():
-    with pytest.raises(ValueError, match="gradually: it is for start: project, got 'preserve'"):
+def test_brought_gradually_frozen_weights_stay_as_they_are():
+    class Frozen(Gradually):
+        def on_train_start(self, trainer, pl_module):
+            self.frozen = pl_module.net.conv1.weight.requires_grad_(False)
+            self.before = self.frozen.clone()
+            super().on_train_start(trainer, pl_module)
+
+    gradually = Frozen(2, manifolds=["sphere"], cutting="filter", block_size=1, start="project")
+    module, _ = fitted([gradually])
+    assert torch.equal(gradually.frozen, gradually.before)
+    other = module.net.layer1[0].conv1.weight.detach().flatten(1).norm(dim=1)
+    torch.testing.assert_close(other, torch.ones_like(other))
+
+
+def test_a_run_that_diverges_on_its_way_to_the_manifolds_has_diverged(monkeypatch):
+    before = Gradually.on_train_batch_end
+
+    def lost(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.net.conv1.weight.detach().mul_(float("inf"))
+        before(self, trainer, pl_module, outputs, batch, batch_idx)
+
+    monkeypatch.setattr(Gradually, "on_train_batch_end", lost)
+    options = {
+        "method": "fgsgd",
+        "lr": 0.1,
+        "start": "project",
+        "rescale": False,
+        "constrain_after": 1,
+        "gradually": True,
+    }
+    outcome = train({**CONFIG, **options}, 0, test=True, root="")
+    assert math.isnan(outcome.numbers["test_error"])
+
+
+def test_gradually_is_refused_where_it_cannot_be():
+    told = "gradually: it is for start: project, got 'preserve'"
+    with pytest.raises(ValueError, match=told):
         Gradually(1)
-    with pytest.raises(ValueError, match="gradually: it goes with constrain_after"):
-        train({**CONFIG, "method": "fgsgd", "lr": 0.1, "gradually": True, "rescale": False}, 0, test=False, root="")
+    with pytest.raises(ValueError, match=told):
+        Gradually(1, start="project", overrides={"layer1*": {"start": "preserve"}})
+    with pytest.raises(ValueError, match="gradually: 3 of 3 epochs; some are to follow"):
+        fitted([Gradually(3, start="project")])
+    for others in ({}, {"assign": "flat"}):
+        options = {"method": "fgsgd", "lr": 0.1, "gradually": True, "rescale": False, **others}
+        with pytest.raises(ValueError, match="gradually: it goes with constrain_after"):
+            train({**CONFIG, **options}, 0, test=False, root="")
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -166,6 +208,9 @@ def test_rates_by_manifold_are_refused_where_they_have_no_meaning():
     told = "rates: positive factors by euclidean, sphere, oblique, stiefel, got"
     with pytest.raises(ValueError, match=told), rates_by_manifold({"ball": 1.0}):
         pass
+    options = {"method": "fgsgd", "lr": 0.1, "manifolds": ["sphere"], "rates": {"stiefel": 2.0}}
+    with pytest.raises(ValueError, match="rates: 'stiefel' is none of this arm's manifolds"):
+        train({**CONFIG, **options}, 0, test=False, root="")
     net = nn.Conv2d(8, 16, 3)
     optimizer = FGSGD(pom_param_groups(net, cutting="filter", block_size=4, groups=1), lr=0.1)
     net.weight.grad = torch.ones_like(net.weight)

@@ -1,5 +1,6 @@
 import csv
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,6 +14,10 @@ from recipes.experiments import training
 from recipes.experiments.__main__ import main
 from recipes.experiments.conditioning import CONDITIONING, Conditioning, evenness, rows_given, rows_read
 from recipes.experiments.methods import constrainable
+from recipes.experiments.networks import cifar_resnet, with_gains
+from recipes.experiments.report import write
+from recipes.experiments.runner import keep
+from recipes.experiments.spec import Run, load
 from recipes.experiments.summary import conditioned
 from recipes.experiments.training import train
 from tests.recipes.test_experiments_runner import SMALL
@@ -102,10 +107,53 @@ def test_what_a_run_measures_is_what_its_last_batches_have_by_hand(monkeypatch, 
         assert row["curvature"] == pytest.approx(fmean(a * g for a, g in by_layer), rel=1e-3)
 
 
-def test_layers_with_groups_are_refused():
-    module = type("Module", (), {"net": timm.create_model("mobilenetv3_small_050")})
-    with pytest.raises(ValueError, match="conditioning: for layers that read all channels, got Conv2d with groups"):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("mobilenetv3_small_050", "for layers that read all channels, got Conv2d with groups"),
+        ("tf_efficientnet_lite0", "for nn.Linear and nn.Conv2d with a padding in numbers, got Conv2dSame"),
+    ],
+)
+def test_layers_that_it_would_read_wrongly_are_refused(name, told):
+    module = type("Module", (), {"net": timm.create_model(name)})
+    with pytest.raises(ValueError, match=f"conditioning: {told}"):
         Conditioning().on_train_start(None, module)
+
+
+def test_gradients_are_those_of_the_layer_not_of_a_gain_after_it():
+    net = with_gains(cifar_resnet(10, (1, 1, 1), (4, 4, 4)))
+    module, trainer = SimpleNamespace(net=net), SimpleNamespace(num_training_batches=1, current_epoch=0)
+    with torch.no_grad():
+        net.conv1.gain.copy_(torch.tensor([1.0, 10.0, 0.1, 3.0]))
+    conditioning = Conditioning()
+    conditioning.on_train_start(trainer, module)
+    conditioning.on_train_batch_start(trainer, module, None, 0)
+    images = torch.randn(3, 1, 8, 8)
+    net(images).square().sum().backward()
+    conditioning.on_train_batch_end(trainer, module, None, None, 0)
+    moments = {name: conditioning._moments[net.conv1, name] for name in ("inputs", "gradients")}
+    gained = []
+    net.conv1.register_forward_hook(lambda layer, args, output: output.register_hook(gained.append) and None)
+    net(images).square().sum().backward()
+    rows = rows_given(net.conv1, gained[0] * net.conv1.gain.detach().view(-1, 1, 1)).double()
+    torch.testing.assert_close(moments["gradients"], rows.mT @ rows)
+    assert float(moments["inputs"].trace()) > 0
+
+
+def test_layers_that_are_frozen_or_not_called_have_no_part():
+    net = cifar_resnet(10, (1, 1, 1), (4, 4, 4))
+    net.conv1.weight.requires_grad_(False)
+    nn.init.ones_(net.layer1[0].bn2.weight)  # 0 at the start, with which no gradient reaches the branch
+    module, trainer = SimpleNamespace(net=net), SimpleNamespace(num_training_batches=1, current_epoch=0)
+    conditioning = Conditioning()
+    conditioning.on_train_start(trainer, module)
+    conditioning.on_train_batch_start(trainer, module, None, 0)
+    net.layer1(torch.randn(3, 4, 8, 8)).square().sum().backward()
+    conditioning.on_train_batch_end(trainer, module, None, None, 0)
+    conditioning.on_train_epoch_end(trainer, module)
+    called = {layer for layer, _ in conditioning._moments}
+    assert called == {m for m in net.layer1.modules() if isinstance(m, nn.Conv2d)}
+    assert 0 < conditioning.epochs[0]["curvature"] <= 1
 
 
 def test_of_the_epochs_of_a_run_the_first_the_middle_and_the_last_are_told():
@@ -134,3 +182,22 @@ def test_an_experiment_reports_how_even_the_curvature_is_where_that_was_asked_fo
     assert line.split(" | ")[1:4] == [f"{x:.2f}" for x in (first, first, last)]
     assert "| Plain" not in section
     assert any(path.name == "conditioning.png" for path in written)
+
+
+def test_of_runs_that_diverge_nothing_is_told(tmp_path, monkeypatch):
+    def lost(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and pl_module.options["lr"] == 0.1:
+            raise training.Diverged("epoch 2")
+
+    monkeypatch.setattr(training.Curve, "on_train_batch_end", lost)
+    common = {**SMALL, "method": "sgd", "conditioning": True}
+    spec = {"name": "small", "seeds": [0], "common": common, "arms": {"Lost": {"lr": 0.1}, "Kept": {"lr": 0.05}}}
+    for arm, options in spec["arms"].items():
+        run = Run("final", arm, 0, {**common, **options})
+        keep(tmp_path, run, train(run.config, 0, test=True, root=""), {"commit": "", "versions": "{}", "device": "cpu"})
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    write(tmp_path, load(file))
+    section = (tmp_path / "report.md").read_text().partition("## How even the curvature is")[2]
+    assert "| Kept" in section
+    assert "| Lost" not in section.partition("![")[0]
