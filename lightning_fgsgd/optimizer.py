@@ -19,6 +19,7 @@ from lightning_fgsgd.plan import POMParamGroup, POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.prepared import Prepared, refuse, together
 from lightning_fgsgd.sharding import anywhere, count, largest, local, opened, shard_of, split_like, version, whole_of
+from lightning_fgsgd.takeover import taken_over
 from lightning_fgsgd.update import Update, compiles, options_of, undisturbed
 
 __all__ = ["FGSGD"]
@@ -182,8 +183,7 @@ class FGSGD(torch.optim.Optimizer):
             self._versions[p] = version(p)
             buffer = self.state[p].get("momentum_buffer") if p in self.state else None
             if buffer is not None:  # of plain SGD, whose weights are constrained only now
-                buffer = pom.riemannian(weight, whole_of(buffer), group["metric"])
-                self.state[p]["momentum_buffer"] = split_like(buffer, p)
+                self.state[p]["momentum_buffer"] = split_like(taken_over(pom, weight, whole_of(buffer), group), p)
             self._poms[p] = pom.part(shard_of(p, planned.cutting, planned.scheme))
             if count := pom.zero_components():
                 zero[pom.name] = count
