@@ -21,9 +21,9 @@ __all__ = ["taken_over"]
 def taken_over(pom: POM, weight: Tensor, buffer: Tensor, group: Mapping[str, Any]) -> Tensor:
     """The momentum of FG-SGD that belongs to one of plain SGD, tangent where ``weight`` is now.
 
-    SGD adds up gradients, FG-SGD gradients over 𝔤 (Eq. 5), which with a large ρ is hundreds of times less, at a learning
-    rate that is as many times larger. What SGD has added up is b = (1 − dampening)/(1 − momentum) · g for some mean gradient
-    g of before; so it is divided by the 𝔤 that g would have.
+    SGD adds up gradients, FG-SGD gradients over 𝔤 (Eq. 5), which with a large ρ is about 2ρ times their norm. Gradients of
+    norm ‖g‖ that are noise add up to one of (1 − dampening)/√(1 − momentum²) · ‖g‖, so it is divided by the 𝔤 of ‖g‖. Of
+    gradients that stay alike it comes out shorter than FG-SGD's own, by up to (1 + momentum)/(1 − momentum), not longer.
 
     Args:
         pom: where ``weight`` has been put, whole.
@@ -34,9 +34,10 @@ def taken_over(pom: POM, weight: Tensor, buffer: Tensor, group: Mapping[str, Any
     carried = pom.riemannian(weight, buffer, group["metric"])
     if group["rho"] is None:
         return carried
-    fresh = 1.0 - group["dampening"]
-    mean = working(buffer) * ((1.0 - group["momentum"]) / fresh if fresh else 1.0)
-    squares = eager.squares(pom, weight, mean, group["metric"], Options(1.0, 0.0, 0.0, 0.0, 1.0), weight.numel())
+    momentum, fresh = group["momentum"], 1.0 - group["dampening"]
+    typical = working(buffer) * ((1.0 - momentum**2) ** 0.5 / fresh if momentum < 1 and fresh else 1.0)
+    options = Options(1.0, 0.0, 0.0, 0.0, 1.0)
+    squares = eager.squares(pom, weight, typical, group["metric"], options, chunk=2**19)
     norms = pom.group_sums(squares).sqrt().to(carried)
     rho = 0.0 if group["rho"] == "average" else group["rho"]  # there is no average yet, so no distance to it
     share = 1 / step_normalizer(norms, rho, pom.curvatures(group["metric"]).to(norms))
