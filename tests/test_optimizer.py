@@ -937,7 +937,7 @@ def test_torchs_distributed_checkpoint_api_loads_a_state_after_the_weights(tiny)
 
 
 def test_momentum_of_plain_sgd_is_taken_over_in_the_metric():
-    # In coordinates √m · q: a buffer of SGD goes on at about the speed that it had. With ρ it is divided by 𝔤: test_takeover.py.
+    # In coordinates √m · q: a buffer of SGD goes on at about the speed that it had; with ρ over 𝔤, see test_takeover.py.
     layer = nn.Conv2d(4, 6, 3, bias=False).double()
     optimizer = FGSGD(layer.parameters(), lr=0.1, momentum=0.9, rho=None)
     velocity = torch.randn_like(layer.weight)
