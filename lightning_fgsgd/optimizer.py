@@ -129,7 +129,8 @@ class FGSGD(torch.optim.Optimizer):
         """Put the weights that ``plan`` and this optimizer share onto their manifolds. Called once.
 
         Weights of the plan that the optimizer does not hold are constrained when ``add_param_group`` brings them, those that
-        are frozen when they are not any more, in the next step. Nothing is moved before.
+        are frozen when they are not any more, in the next step. Nothing is moved before. Momentum that plain SGD has
+        gathered goes along, divided by the 𝔤 of the gradients that it is of (:func:`~lightning_fgsgd.takeover.taken_over`).
 
         Raises:
             ValueError: there are products of manifolds already, or the plan shares no weight with the optimizer.
