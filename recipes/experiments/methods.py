@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim import Optimizer
 
+from lightning_fgsgd import FGSGD, pom_param_groups
+
 CONSTRAINABLE = (nn.Conv2d, nn.Linear)
 
 
@@ -147,9 +149,22 @@ def adamw(net: nn.Module, lr: float, weight_decay: float = 0.01) -> Optimizer:
 
 
 def muon(
-    net: nn.Module, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, adamw_lr: float = 1e-3
+    net: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+    adamw_lr: float = 1e-3,
+    held: int | None = None,
 ) -> Optimizer:
-    """timm's Muon on the kernels and matrices of all layers but the head, its AdamW on the rest."""
+    """timm's Muon on the kernels and matrices of all layers but the head, its AdamW on the rest.
+
+    Args:
+        net: the network.
+        lr, weight_decay, momentum: of ``timm.optim.Muon``.
+        adamw_lr: of the rest.
+        held: hold blocks of so many filters on Stiefel manifolds with R = 1, at the nearest point after each step: tells
+            what of Muon is its step, and what the weights' freedom. Weight decay is the rest's alone then.
+    """
     try:
         from timm.optim import Muon  # type: ignore[attr-defined,unused-ignore]
     except ImportError as error:
@@ -158,10 +173,14 @@ def muon(
     rest = [p for p in net.parameters() if not any(p is w for w in weights)]
     groups: list[dict[str, Any]] = [
         # Said outright: left to judge by the shape, it hands weights of one input channel (a stem on grey images) to AdamW.
-        {"params": weights, "use_muon": True},
+        {"params": weights, "use_muon": True, "weight_decay": 0.0 if held else weight_decay},
         {"params": rest, "use_muon": False, "lr": adamw_lr},
     ]
     optimizer: Optimizer = Muon(groups, lr=lr, weight_decay=weight_decay, momentum=momentum)
+    if held:
+        blocks = pom_param_groups(net, cutting="filter", block_size=held, manifolds=["stiefel"], start="project")
+        manifolds = FGSGD(blocks)
+        optimizer.register_step_post_hook(lambda *_: manifolds.project())
     return optimizer
 
 

@@ -191,6 +191,38 @@ def test_muon_steps_kernels_orthogonally_and_leaves_the_rest_to_adamw():
     )  # Adam's first step is its rate
 
 
+def test_a_muon_that_is_held_goes_to_the_nearest_orthonormal_blocks_after_each_of_its_steps():
+    pytest.importorskip("timm.optim.muon", reason="timm has no Muon before 1.0.20")
+    held, free = network(), network()
+    free.load_state_dict(held.state_dict())
+    optimizers = [muon(held, lr=0.02, adamw_lr=0.001, held=16, weight_decay=0.1)]
+    layers = {name: m for name, m in held.named_modules() if isinstance(m, nn.Conv2d)}
+
+    def nearest(weight):  # by the singular value decomposition of each block of 16 filters, of no more than fan-in
+        blocks = weight.detach().flatten(1).split(min(16, weight[0].numel()))
+        parts = [torch.linalg.svd(block, full_matrices=False) for block in blocks]
+        return torch.cat([u @ vh for u, _, vh in parts]).view_as(weight)
+
+    for name, layer in layers.items():  # they start there, too
+        of_free = free.get_submodule(name).weight
+        torch.testing.assert_close(layer.weight.detach(), nearest(of_free), atol=1e-5, rtol=0)
+        with torch.no_grad():
+            of_free.copy_(layer.weight)
+    optimizers.append(muon(free, lr=0.02, adamw_lr=0.001))
+    gradients(held)
+    gradients(free)
+    with torch.no_grad():
+        free.fc.weight.mul_(1 - 0.001 * 0.1)  # the decay, which is the rest's alone where blocks are held
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, layer in layers.items():
+        expected = nearest(free.get_submodule(name).weight)
+        torch.testing.assert_close(layer.weight.detach(), expected, atol=1e-5, rtol=0)
+    stem = free.conv1.weight.detach()
+    assert (nearest(stem) - stem).abs().max() > 1e-4  # the step left the manifolds
+    torch.testing.assert_close(held.fc.weight, free.fc.weight)
+
+
 @pytest.mark.parametrize("method", sorted(BASELINES))
 def test_every_baseline_learns_what_it_is_shown(method):
     if method == "muon":
