@@ -177,14 +177,17 @@ class FGSGD(torch.optim.Optimizer):
         for p, group, planned in new:
             before = p.detach().clone() if planned.start != "preserve" else None
             weight = whole_of(p)
-            pom = POM.place(planned, weight)
+            with undisturbed([p]):
+                pom = POM.place(planned, weight)
             if before is not None:
                 p.detach().copy_(split_like(weight, p))
                 self._unplaced[p] = (version(p), before)
             self._versions[p] = version(p)
             buffer = self.state[p].get("momentum_buffer") if p in self.state else None
             if buffer is not None:  # of plain SGD, whose weights are constrained only now
-                self.state[p]["momentum_buffer"] = split_like(taken_over(pom, weight, whole_of(buffer), group), p)
+                with undisturbed([p]):
+                    carried = taken_over(pom, weight, whole_of(buffer), group)
+                self.state[p]["momentum_buffer"] = split_like(carried, p)
             self._poms[p] = pom.part(shard_of(p, planned.cutting, planned.scheme))
             if count := pom.zero_components():
                 zero[pom.name] = count
@@ -205,7 +208,7 @@ class FGSGD(torch.optim.Optimizer):
         pom = self.poms.get(param)
         if pom is None:
             return None
-        with opened(pom.shard, param) as (weight,):
+        with undisturbed([param]), opened(pom.shard, param) as (weight,):
             return pom.look(weight)
 
     def distance(self, param: Tensor) -> float:
@@ -228,7 +231,7 @@ class FGSGD(torch.optim.Optimizer):
         for p, pom in self.poms.items():
             if param is not None and p is not param:
                 continue
-            with opened(pom.shard, p, write=True) as (weight,):
+            with undisturbed([p]), opened(pom.shard, p, write=True) as (weight,):
                 pom.project(weight)
             self._versions[p] = version(p)
 

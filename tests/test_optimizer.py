@@ -833,6 +833,31 @@ def test_a_model_whose_precision_is_changed_goes_on_as_one_that_had_it(manifolds
         assert optimizer.state[p]["momentum_buffer"].dtype == then
 
 
+@pytest.mark.parametrize("start", ["project", "random", "preserve"])
+def test_constraining_rescaling_and_bringing_back_are_as_exact_under_autocast_as_without(start):
+    def results(autocast):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(8, 16, 3, bias=False)
+        plan = pom_param_groups(layer, start=start, cutting="filter").plan
+        optimizer = FGSGD([layer.weight], lr=0.01, momentum=0.9, fused=False)
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()  # plain SGD's, whose momentum goes along
+        found = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.constrain(plan)
+            found += [layer.weight.detach().clone(), optimizer.state[layer.weight]["momentum_buffer"].clone()]
+            optimizer.rescale(layer.weight, 1.5 * optimizer.pom(layer.weight).radius)
+            found += [layer.weight.detach().clone(), torch.tensor(optimizer.distance(layer.weight))]
+            with torch.no_grad():
+                layer.weight.mul_(1.01).add_(0.01)
+            found.append(torch.tensor(optimizer.distance(layer.weight)))
+            optimizer.project()
+        return [*found, layer.weight.detach()]
+
+    for under, exact in zip(results(True), results(False), strict=True):
+        assert torch.equal(under, exact)
+
+
 @pytest.mark.parametrize("fused", [False, None])
 def test_a_default_device_does_not_move_the_step(tiny, fused):
     optimizer = FGSGD(pom_param_groups(tiny), lr=0.1, momentum=0.9, fused=fused)
