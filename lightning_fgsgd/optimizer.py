@@ -17,10 +17,11 @@ from lightning_fgsgd import checkpoint, checks
 from lightning_fgsgd.look import ProductOfManifolds
 from lightning_fgsgd.plan import POMParamGroup, POMParamGroups, POMPlan
 from lightning_fgsgd.pom import POM
+from lightning_fgsgd.precision import undisturbed
 from lightning_fgsgd.prepared import Prepared, refuse, together
 from lightning_fgsgd.sharding import anywhere, count, largest, local, opened, shard_of, split_like, version, whole_of
 from lightning_fgsgd.takeover import taken_over
-from lightning_fgsgd.update import Update, compiles, options_of, undisturbed
+from lightning_fgsgd.update import Update, compiles, options_of
 
 __all__ = ["FGSGD"]
 
@@ -177,17 +178,14 @@ class FGSGD(torch.optim.Optimizer):
         for p, group, planned in new:
             before = p.detach().clone() if planned.start != "preserve" else None
             weight = whole_of(p)
-            with undisturbed([p]):
-                pom = POM.place(planned, weight)
+            pom = POM.place(planned, weight)
             if before is not None:
                 p.detach().copy_(split_like(weight, p))
                 self._unplaced[p] = (version(p), before)
             self._versions[p] = version(p)
             buffer = self.state[p].get("momentum_buffer") if p in self.state else None
             if buffer is not None:  # of plain SGD, whose weights are constrained only now
-                with undisturbed([p]):
-                    carried = taken_over(pom, weight, whole_of(buffer), group)
-                self.state[p]["momentum_buffer"] = split_like(carried, p)
+                self.state[p]["momentum_buffer"] = split_like(taken_over(pom, weight, whole_of(buffer), group), p)
             self._poms[p] = pom.part(shard_of(p, planned.cutting, planned.scheme))
             if count := pom.zero_components():
                 zero[pom.name] = count
@@ -208,7 +206,7 @@ class FGSGD(torch.optim.Optimizer):
         pom = self.poms.get(param)
         if pom is None:
             return None
-        with undisturbed([param]), opened(pom.shard, param) as (weight,):
+        with opened(pom.shard, param) as (weight,):
             return pom.look(weight)
 
     def distance(self, param: Tensor) -> float:
@@ -231,7 +229,7 @@ class FGSGD(torch.optim.Optimizer):
         for p, pom in self.poms.items():
             if param is not None and p is not param:
                 continue
-            with undisturbed([p]), opened(pom.shard, p, write=True) as (weight,):
+            with opened(pom.shard, p, write=True) as (weight,):
                 pom.project(weight)
             self._versions[p] = version(p)
 

@@ -20,6 +20,7 @@ from lightning_fgsgd.look import ProductOfManifolds
 from lightning_fgsgd.manifolds import Manifold, get_manifold, wide, working, working_dtype
 from lightning_fgsgd.matrices import expand
 from lightning_fgsgd.plan import PlannedWeight, layer_seed
+from lightning_fgsgd.precision import exact
 from lightning_fgsgd.sharding import Shard, largest
 
 __all__ = ["METRICS", "POM"]
@@ -96,6 +97,7 @@ class POM:
         return {**self.__dict__, "layouts": {}}
 
     @classmethod
+    @exact
     @torch.no_grad()
     def place(cls, planned: PlannedWeight, weight: Tensor) -> POM:
         """Put ``weight`` onto its manifolds as planned, in place, and take its scale.
@@ -330,6 +332,7 @@ class POM:
             weight.copy_(scaled)
             raise
 
+    @exact
     @torch.no_grad()
     def project(self, weight: Tensor) -> None:
         """Bring a stray weight to the nearest point of its manifolds {R q U}, in place.
@@ -362,6 +365,7 @@ class POM:
             worst.append(torch.where(error == 0, torch.zeros_like(error), error / norm).max())
         return float(torch.stack(worst).max())
 
+    @exact
     def look(self, weight: Tensor) -> ProductOfManifolds:
         """What ``optimizer.pom`` shows."""
         p, radius, sets = self.cutting.p, self.radius, self.sets

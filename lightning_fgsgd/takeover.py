@@ -11,12 +11,14 @@ from torch import Tensor
 from lightning_fgsgd import eager
 from lightning_fgsgd.manifolds import working
 from lightning_fgsgd.pom import POM
+from lightning_fgsgd.precision import exact
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
 __all__ = ["taken_over"]
 
 
+@exact
 @torch.no_grad()
 def taken_over(pom: POM, weight: Tensor, buffer: Tensor, group: Mapping[str, Any]) -> Tensor:
     """The momentum of FG-SGD that belongs to one of plain SGD, tangent where ``weight`` is now.

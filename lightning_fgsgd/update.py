@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from lightning_fgsgd.sharding import add_up, local, opened, split_like
 from lightning_fgsgd.step import Options
 from lightning_fgsgd.stepsize import step_normalizer
 
-__all__ = ["Update", "compiles", "options_of", "undisturbed"]
+__all__ = ["Update", "compiles", "options_of"]
 
 
 def compiles(wanted: bool | None, device: torch.device | str = "cpu") -> bool:
@@ -52,47 +51,6 @@ def compiles(wanted: bool | None, device: torch.device | str = "cpu") -> bool:
 
 
 _said: list[str] = []
-
-
-@contextmanager
-def undisturbed(weights: Iterable[Tensor]) -> Iterator[None]:
-    """The geometry of ``weights`` keeps its precision.
-
-    Also where a step is taken under autocast (manual optimization), and where float32 products are allowed to be rounded
-    (``torch.set_float32_matmul_precision``): manifolds would be left by a thousandth in every step.
-    """
-    with ExitStack() as stack:
-        for device in {p.device.type for p in weights}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_exact_products())
-        yield
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    # torch 2.9 and later refuse the older name once the newer has been used.
-    new = [b for b in backends if hasattr(b, "fp32_precision")]
-    if not new:
-        before = torch.get_float32_matmul_precision()
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    allowed = [(b, b.fp32_precision) for b in new]
-    rounded = [(b, precision) for b, precision in allowed if precision not in ("ieee", "none")]
-    for b, _ in rounded:
-        b.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for b, precision in rounded:
-            b.fp32_precision = precision
 
 
 def options_of(group: Mapping[str, Any]) -> Options:
