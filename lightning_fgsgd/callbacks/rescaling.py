@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class FeatureStdRescaling(Callback):
     evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``. Where all batch norms are frozen
     (in evaluation mode while training, or of a class such as timm's ``FrozenBatchNormAct2d``) they would not follow, and a
     pretrained network would compute something else after every rescale: weights that started with ``"preserve"`` then keep
-    their R, and that is said once. Norms of a child of the module that trains no weight, say a teacher, do not count.
+    their R, and that is said once. Norms of a child of the module, or one in a list or dict of modules, that trains no
+    weight, say a teacher, do not count.
 
     Args:
         gamma: reading of b̂ in Eq. 2, ``"xavier"`` or ``"literal"``; see :func:`~lightning_fgsgd.scaling.gamma`.
@@ -339,8 +341,9 @@ def _norms_are_frozen(module: LightningModule) -> bool:
 
     Those of a child that has weights, and none that is trained, such as a teacher, follow nothing and do not count.
     """
-    idle = {part for part in module.children() if _has_weights_and_trains_none(part)}
-    trained = {m for part in module.children() if part not in idle for m in part.modules()}
+    parts = list(_parts(module))
+    idle = {part for part in parts if _has_weights_and_trains_none(part)}
+    trained = {m for part in parts if part not in idle for m in part.modules()}
     beside = {m for part in idle for m in part.modules()} - trained  # a norm may be in two of the module's children
     frozen = [
         "FrozenBatchNorm" in type(m).__name__ or not m.training
@@ -349,6 +352,15 @@ def _norms_are_frozen(module: LightningModule) -> bool:
         if (isinstance(m, _BatchNorm) and m.track_running_stats) or "FrozenBatchNorm" in type(m).__name__
     ]
     return bool(frozen) and all(frozen)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module, and in the place of a list or a dict of modules, which computes nothing, those in it."""
+    for part in module.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(part)
+        else:
+            yield part
 
 
 def _has_weights_and_trains_none(part: nn.Module) -> bool:

@@ -175,19 +175,21 @@ def test_with_a_norm_that_follows_or_another_start_manifolds_are_rescaled(tmp_pa
     assert not any("batch norms are frozen" in str(w.message) for w in recwarn)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("followed", [True, False])
-def test_the_norms_of_another_network_do_not_tell_whether_radii_can_follow(tmp_path, followed):
+def test_the_norms_of_another_network_do_not_tell_whether_radii_can_follow(tmp_path, followed, together):
     class WithATeacher(FrozenNorms):
         """The student's norms, or the teacher's, are frozen, and the other's are not."""
 
         def __init__(self):
-            super().__init__(live=["model.norm", "model.up.1"] if followed else ["teacher.norm"])
-            self.teacher = TinyNet().requires_grad_(False)
+            super().__init__(live=["model.norm", "model.up.1"] if followed else ["nets.teacher.norm"])
+            nets = {"teacher": TinyNet().requires_grad_(False)} | ({"student": self.model} if together else {})
+            self.nets = nn.ModuleDict(nets)
             self.stem = nn.Identity()
 
         def training_step(self, batch, batch_idx):
             with torch.no_grad():
-                self.teacher(batch[0])
+                self.nets["teacher"](batch[0])
             return super().training_step(batch, batch_idx)
 
     module = WithATeacher()
