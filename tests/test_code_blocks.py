@@ -73,8 +73,19 @@ def models(scope, printed):
     assert printed.count("Weights on products of manifolds") == 2
 
 
+def choosing(scope, printed):
+    model, held, optimizer = (scope[name] for name in ("model", "held", "optimizer"))
+    before = {p: p.detach().clone() for p in model.parameters()}
+    assert len(held.poms) > 10
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    assert all(held.distance(p) < 1e-5 for p in held.poms)
+    assert all(not torch.equal(p, before[p]) for p in before if p.grad.any())
+
+
 OUTCOMES = {
     "README.md": readme,
+    "docs/guides/choosing.md": choosing,
     "docs/guides/first-steps.md": first_steps,
     "docs/guides/checkpoints.md": checkpoints,
     "docs/models.md": models,
@@ -85,6 +96,8 @@ OUTCOMES = {
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("page", having("python"))
 def test_the_python_code_of_a_page_runs_as_it_stands_and_prints_what_is_shown(page, tmp_path, monkeypatch, capsys):
+    if "from timm.optim import Muon" in PAGES[page].read_text(encoding="utf-8"):
+        pytest.importorskip("timm.optim.muon", reason="timm has no Muon before 1.0.20")
     monkeypatch.chdir(tmp_path)
     # What the reader has: data and, for a loop of one's own, a model.
     scope = {"train_loader": images(), "model": timm.create_model("resnet10t")}
