@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Container, Mapping, Sequence
@@ -13,7 +14,16 @@ from torch import Tensor
 from lightning_fgsgd.pom import METRICS
 from lightning_fgsgd.sharding import Shard, anywhere
 
-__all__ = ["LARGEST_GRADIENT", "gradients", "lost_plans", "options", "stray_weights", "too_large", "weights"]
+__all__ = [
+    "LARGEST_GRADIENT",
+    "gradients",
+    "lost_plans",
+    "named_apart",
+    "options",
+    "stray_weights",
+    "too_large",
+    "weights",
+]
 
 LARGEST_GRADIENT = 1e18  # the square of a larger one overflows in float32
 _STRAY = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative distance from which a weight has left; else 1e-3
@@ -56,6 +66,15 @@ def lost_plans(groups: Sequence[Mapping[str, Any]], planned: Container[Tensor]) 
                 stacklevel=4,
             )
             return
+
+
+def named_apart(group: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A group of ``pom_param_groups`` under a name of its own: ``LearningRateMonitor`` of Lightning takes no name twice."""
+    name, taken = group.get("name"), {other.get("name") for other in others}
+    if not isinstance(name, str) or name not in taken or name.split(",")[0] not in ("pom", "euclidean"):
+        return group
+    number = next(n for n in itertools.count(2) if f"{name}, {n}" not in taken)
+    return {**group, "name": f"{name}, {number}"}
 
 
 def gradients(grads: Sequence[tuple[str, Tensor]], shards: Sequence[Shard | None] = ()) -> None:

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import CondConv2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_fgsgd.components import CONVOLUTIONS
 from lightning_fgsgd.pom import POM
 
-__all__ = ["FeatureReader"]
+__all__ = ["FeatureReader", "keeps_statistics"]
 
 _CALLED = (nn.Linear, CondConv2d, *CONVOLUTIONS)
 _FUNCTIONS = {
@@ -45,6 +46,7 @@ class FeatureReader:
         poms: the constrained weights.
         update: is given the weight, its features and their channel axis.
         pixels: is given the weight and the number of pixels, or tokens, of what it puts out for one image or sequence.
+        behind: is given each norm with running statistics whose input has a gradient: something trained comes before it.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class FeatureReader:
         poms: Mapping[Tensor, POM],
         update: Callable[[Tensor, Tensor, int], None],
         pixels: Callable[[Tensor, int], None],
+        behind: Callable[[nn.Module], None],
     ) -> None:
         self._poms = poms
         self._update = update
         self._pixels = pixels
+        self._behind = behind
         self._called: set[Tensor] = set()
         self._reading = False
         self._functions: _Functions | None = None
@@ -96,17 +100,25 @@ class FeatureReader:
 
     def _hook(self) -> None:
         for module in self._model.modules():
+            if keeps_statistics(module):
+                self._handles.append(module.register_forward_pre_hook(self._norm))
             weights = {attr: p for attr, p in module._parameters.items() if p is not None and p in self._poms}
             if not weights:
                 continue
             if isinstance(module, _CALLED):
-                before = partial(self._before, weights["weight"])
+                (weight,) = weights.values()  # called weight_orig where torch.nn.utils.prune has been at it
+                before = partial(self._before, weight)
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(partial(self._after, weights["weight"])))
+                self._handles.append(module.register_forward_hook(partial(self._after, weight)))
             elif isinstance(module, nn.RNNBase):
                 self._handles.append(module.register_forward_hook(partial(self._recurrent, weights), with_kwargs=True))
             elif isinstance(module, nn.RNNCellBase):
                 self._handles.append(module.register_forward_hook(partial(self._cell, weights), with_kwargs=True))
+
+    def _norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Not only while reading: what is checkpointed has gradients when it runs again, in the backward pass.
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            self._behind(module)
 
     # What is seen ---------------------------------------------------------------------------------------------------
 
@@ -114,12 +126,15 @@ class FeatureReader:
         channels = self._poms[weight].layer.in_channels
         if not isinstance(features, Tensor) or torch._C._functorch.is_batchedtensor(features):
             return
+        features = _plain(features.detach())
         if features.ndim >= abs(dim) and features.shape[dim] == channels:
-            self._update(weight, features.detach(), dim)
+            self._update(weight, features, dim)
 
     def _put_out(self, weight: Tensor, output: Any) -> None:
         """Tell the number of pixels of what a Linear layer or a convolution puts out."""
         if isinstance(output, Tensor):
+            if output.is_nested:  # of the longest sequence
+                output = max(output.unbind(), key=len)[None]
             spatial = len(self._poms[weight].layer.kernel)
             self._pixels(weight, output.shape[-spatial:].numel() if spatial else output.shape[1:-1].numel())
 
@@ -195,6 +210,12 @@ class FeatureReader:
                     self._pixels(weight, len(features))  # torch has the sequence first here
 
 
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether it is a norm with running statistics: a batch norm, or one that is frozen by its class."""
+    frozen = "FrozenBatchNorm" in type(module).__name__
+    return frozen or (isinstance(module, _BatchNorm) and module.running_mean is not None)
+
+
 class _Functions(TorchFunctionMode):
     """Tells a reader of every function of torch that is called."""
 
@@ -207,6 +228,14 @@ class _Functions(TorchFunctionMode):
         output = func(*args, **kwargs)
         self._reader.function(func, args, kwargs, output)
         return output
+
+
+def _plain(features: Tensor) -> Tensor:
+    """Features without what a subclass of Tensor carries beside its numbers; sequences of a nested one in a row."""
+    if features.is_nested:
+        return torch.cat(features.unbind())
+    own_storage = type(features).__torch_dispatch__ is Tensor.__torch_dispatch__  # not so a DTensor
+    return features.as_subclass(Tensor) if own_storage else features
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -104,7 +104,7 @@ def draw_index_sets(
     else:
         # Deal within each group: every group's own order of the manifolds, taken in turn by its members.
         turn = torch.nn.functional.one_hot(slot, per_pool).cumsum(1).gather(2, slot[..., None])[..., 0] - 1
-        order = torch.rand(pools, per_pool, len(manifolds), generator=generator, device="cpu").argsort(-1)
+        order = _uniform(pools, per_pool, len(manifolds), generator=generator).argsort(-1)
         order = order.gather(1, slot[..., None].expand(-1, -1, len(manifolds)))
         manifold = order.gather(2, (turn % len(manifolds))[..., None])[..., 0]
 
@@ -146,11 +146,16 @@ def pool_of(cutting: Cutting, scheme: str, device: torch.device | str = "cpu") -
     return torch.zeros(cutting.count, dtype=torch.long, device=device) if channel is None else channel
 
 
+def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    """The same numbers whatever the default device and dtype are: what is drawn from a seed does not depend on them."""
+    return torch.rand(*shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
 def _deal(rows: int, length: int, labels: int, generator: torch.Generator) -> Tensor:
     """Deal ``labels`` labels over ``length`` places in each row, evenly: an int64 tensor (rows, length).
 
     Which labels get one place more is drawn, then all the places are shuffled.
     """
-    who = torch.rand(rows, labels, generator=generator, device="cpu").argsort(1)
+    who = _uniform(rows, labels, generator=generator).argsort(1)
     even = who.gather(1, (torch.arange(length, device="cpu") % labels).expand(rows, -1))
-    return even.gather(1, torch.rand(rows, length, generator=generator, device="cpu").argsort(1))
+    return even.gather(1, _uniform(rows, length, generator=generator).argsort(1))

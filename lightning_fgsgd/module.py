@@ -54,7 +54,14 @@ class FGSGDMixin:
         trainer = getattr(self, "_trainer", None)
         callbacks = trainer.callbacks if trainer is not None else []
         grouping = next((c for c in callbacks if isinstance(c, POMGrouping)), None) or POMGrouping()
-        optimizer = FGSGD(grouping.param_groups(self), **self._fgsgd_options())
+        options = self._fgsgd_options()
+        try:
+            optimizer = FGSGD(grouping.param_groups(self), **options)
+        except ValueError as error:
+            name = str(error).partition(":")[0]
+            if name not in options:
+                raise
+            raise ValueError(f"{error} (FGSGDMixin takes it from self.{name}, or from hparams)") from error
         scheduler = self.configure_lr_scheduler(optimizer)
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 

@@ -104,7 +104,8 @@ def _side_by_side_spectral(components: Tensor, group: Tensor, groups: int, most:
 def _lanczos_spectral(components: Tensor, group: Tensor, groups: int) -> Tensor:
     """The same by Lanczos' method, all groups at once: each step costs one look at the weight."""
     n = components.shape[-2]
-    v = torch.randn(groups, n, generator=torch.Generator().manual_seed(0), device="cpu").to(components)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(groups, n, generator=generator, device="cpu", dtype=torch.float32).to(components)
     v = v / v.norm(dim=-1, keepdim=True)
     basis = v.new_zeros(groups, 0, n)
     diagonal: list[Tensor] = []

@@ -148,13 +148,15 @@ class FGSGD(torch.optim.Optimizer):
         """Add parameters as ``torch.optim.SGD`` does; weights that the plan knows are put onto their manifolds.
 
         A group with an ``"lr_factor"`` (``layer_decay`` and ``euclidean_lr_factor`` of ``pom_param_groups``) and no ``"lr"``
-        has that many times the optimizer's learning rate. A group of ``pom_param_groups`` brings its plan with it.
+        has that many times the optimizer's learning rate. A group of ``pom_param_groups`` brings its plan with it, and has a
+        number in its name where those of another model have that name already: ``"pom, 2"``.
         """
         if isinstance(param_group, POMParamGroup):
             self._plan |= param_group.plan
             param_group = dict(param_group)
         if "lr_factor" in param_group and "lr" not in param_group:
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
+        param_group = checks.named_apart(param_group, self.param_groups)
         checks.options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._chunk = 0
@@ -277,7 +279,7 @@ class FGSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with undisturbed(self._poms):
+        with undisturbed(p for group in self.param_groups for p in group["params"]):
             self._step()
         return loss
 
@@ -323,7 +325,7 @@ class FGSGD(torch.optim.Optimizer):
         if not self._chunk:
             sizes = [count(p) for group in self.param_groups for p in group["params"]]
             # A step by torch's operations holds up to eighteen tensors of one: together the largest weight, or 5 % of all.
-            self._chunk = min(2**19, max(2**14, max(max(sizes), sum(sizes) // 20) // 18))
+            self._chunk = min(2**19, max(2**14, max(max(sizes, default=0), sum(sizes) // 20) // 18))
         for group in self.param_groups:
             plain, options = [], options_of(group)
             for p in group["params"]:

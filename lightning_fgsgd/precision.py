@@ -46,15 +46,21 @@ def _exact_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    allowed = [(b, b.fp32_precision) for b in new]
-    rounded = [(b, precision) for b, precision in allowed if precision not in ("ieee", "none")]
+    rounded = [(b, _own(b)) for b in new if b.fp32_precision not in ("ieee", "none")]
     for b, _ in rounded:
         b.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for b, precision in rounded:
-            b.fp32_precision = precision
+        for b, own in rounded:
+            b.fp32_precision = own
+
+
+def _own(backend: Any) -> str:
+    """What is set for a backend itself: "none" where the precision that it tells is one for all, which may change later."""
+    precision: str = backend.fp32_precision
+    backend.fp32_precision = "none"
+    return "none" if backend.fp32_precision == precision else precision
 
 
 def exact(function: Callable[P, T]) -> Callable[P, T]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -89,10 +90,19 @@ def head_parameters(model: nn.Module) -> set[Tensor]:
     heads: list[Any] = []
     for module in model.modules():
         get_classifier: Any = getattr(module, "get_classifier", None)
-        if callable(get_classifier):
+        if callable(get_classifier) and not _needs_arguments(get_classifier):
             head = get_classifier()
             heads += [*(head if isinstance(head, (tuple, list)) else (head,)), getattr(module, "aux_head", None)]
     return {p for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+
+
+def _needs_arguments(method: Callable[..., Any]) -> bool:
+    """Whether it cannot be called as timm's is: a user's own of the same name."""
+    try:
+        inspect.signature(method).bind()
+    except TypeError:
+        return True
+    return False
 
 
 def layer_decay_factors(model: nn.Module, decay: float) -> dict[Tensor, float]:

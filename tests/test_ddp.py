@@ -215,6 +215,41 @@ def test_a_layer_that_one_process_uses_and_images_of_another_size_neither_stop_t
         torch.testing.assert_close(radius[name].view(4, 3), expected.float().expand(4, 3))
 
 
+class UnevenNorms(Uneven):
+    """Images grow louder; a norm that is frozen follows what both processes do, one that is not the second's alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleDict({"both": nn.BatchNorm2d(4), "b": nn.BatchNorm2d(4)})
+
+    def on_train_epoch_start(self):
+        self.norms["both"].eval()
+
+    def training_step(self, batch, batch_idx):
+        x = (1 + self.current_epoch) * batch[0]
+        out = self.norms["both"](self.model["both"](x))
+        if self.global_rank:
+            out = out + self.norms["b"](self.model["b"](x))
+        return cross_entropy(self.head(out.mean((2, 3))), batch[1])
+
+
+def uneven_norms(rank, folder):
+    torch.manual_seed(0)
+    module, rescaling = UnevenNorms(), FeatureStdRescaling(every_n_batches=1)
+    strategy = DDPStrategy(find_unused_parameters=True)
+    fit = lit.trainer(folder, POMGrouping(), rescaling, max_epochs=3, devices=2, strategy=strategy)
+    data = TensorDataset(torch.randn(16, 3, 9, 9), torch.randint(3, (16,)))
+    fit.fit(module, DataLoader(data, batch_size=4))
+    return fit.optimizers[0].pom(module.model["both"].weight).radius, rescaling.state_dict()["behind"]
+
+
+@pytest.mark.slow
+def test_a_norm_that_one_process_uses_lets_the_radii_of_all_follow(tmp_path):
+    for radius, behind in processes.run(tmp_path, uneven_norms, 2):
+        torch.testing.assert_close(radius, torch.full((12,), 1 / 2))
+        assert behind == ["norms.b", "norms.both"]
+
+
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,9 @@ def read(model, *batches, backward=False, **settings):
     """λ over the fan-in (or by channel) of every weight that was read, by name, and the number of features read."""
     poms = FGSGD(pom_param_groups(model, exclude=(), **settings), lr=0.1).poms
     metrics = {p: FeatureStd(pom.cutting.in_channels) for p, pom in poms.items()}
-    reader = FeatureReader(model, poms, lambda p, x, dim: metrics[p].update(x, dim=dim), lambda p, x: None)
+    reader = FeatureReader(
+        model, poms, lambda p, x, dim: metrics[p].update(x, dim=dim), lambda p, x: None, lambda norm: None
+    )
     for batch in batches:
         reader.start()
         out = model(*batch) if isinstance(batch, tuple) else model(batch)
@@ -66,7 +68,7 @@ def test_weights_that_are_used_through_functions_are_read():
 def test_watching_functions_stops_where_every_layer_was_called():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
     poms = FGSGD(pom_param_groups(model, exclude=()), lr=0.1).poms
-    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None)
+    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None, lambda norm: None)
     watched = []
     for _ in range(3):
         reader.start()
@@ -174,7 +176,7 @@ def test_reading_survives_an_error_in_the_model():
 
     model = Failing()
     poms = FGSGD(pom_param_groups(model), lr=0.1).poms
-    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None)
+    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None, lambda norm: None)
     reader.start()
     with pytest.raises(RuntimeError, match="boom"):
         model(torch.randn(2, 8, 6))
@@ -187,7 +189,7 @@ def test_reading_does_not_change_what_the_model_computes():
     model, x = Functional(), torch.randn(3, 8, 6)
     plain = model(x)
     poms = FGSGD(pom_param_groups(model), lr=0.1).poms
-    reader = FeatureReader(model, poms, lambda p, x, dim: None, lambda *seen: None)
+    reader = FeatureReader(model, poms, lambda p, x, dim: None, lambda *seen: None, lambda norm: None)
     reader.start()
     watched = model(x)
     reader.close()
@@ -262,7 +264,9 @@ def test_the_pixels_that_each_weight_puts_out_are_told_however_it_is_used():
     poms = FGSGD(pom_param_groups(net, exclude=()), lr=0.1).poms
     names = {p: name for name, p in net.named_parameters()}
     found = {}
-    reader = FeatureReader(net, poms, lambda *seen: None, lambda p, count: found.update({names[p]: count}))
+    reader = FeatureReader(
+        net, poms, lambda *seen: None, lambda p, count: found.update({names[p]: count}), lambda norm: None
+    )
     reader.start()
     net(torch.randn(2, 3, 15, 15))
     reader.close()
@@ -286,7 +290,7 @@ def test_what_is_called_in_vmap_is_left_alone():
 def test_compiled_code_runs_again_once_reading_is_over():
     model, compiled = nn.Linear(4, 4), []
     poms = FGSGD(pom_param_groups(model), lr=0.1).poms
-    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None)
+    reader = FeatureReader(model, poms, lambda *seen: None, lambda *seen: None, lambda norm: None)
     reader.start()
     reader.close()
 
@@ -296,3 +300,20 @@ def test_compiled_code_runs_again_once_reading_is_over():
 
     torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_sequences_of_a_nested_tensor_are_read_one_after_the_other(layout):
+    sequences = [torch.randn(length, 8) for length in (3, 5, 2)]
+    layer = nn.Linear(8, 4)
+    features = torch.nested.nested_tensor(sequences, layout=layout)
+    found = read(nn.Sequential(layer), features)
+    expected = std(torch.cat(sequences))
+    torch.testing.assert_close(found["0.weight"][0], expected)
+    assert found["0.weight"][1] == 10
+    poms, pixels = FGSGD(pom_param_groups(nn.Sequential(layer), exclude=()), lr=0.1).poms, []
+    reader = FeatureReader(layer, poms, lambda *seen: None, lambda p, count: pixels.append(count), lambda norm: None)
+    reader.start()
+    layer(features)
+    reader.close()
+    assert pixels == [5]  # of the longest

@@ -92,6 +92,21 @@ def test_the_seed_decides():
     assert not torch.equal(a.group, c.group)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("groups", [None, 1])
+def test_a_default_dtype_does_not_change_what_is_drawn(dtype, groups):
+    layer = nn.Conv2d(8, 8, 3)
+    expected = draw(layer, "pio", groups=groups)[1]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = draw(layer, "pio", groups=groups)[1]
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.group, expected.group)
+    assert torch.equal(found.manifold, expected.manifold)
+
+
 def test_draws_are_hypergeometric():
     # 4 of 12 components on the first manifold, always: without replacement. Each component is equally likely to be, and
     # any two of them are so together with probability (4·3)/(12·11).

@@ -121,3 +121,17 @@ def test_a_learning_rate_that_is_not_called_lr_is_said_not_to_be_read(as_hparam)
 
     with pytest.warns(UserWarning, match="Own: FGSGDMixin reads the learning rate from `lr`"):
         assert Own().configure_optimizers().param_groups[0]["lr"] == 0.001
+
+
+@pytest.mark.parametrize("as_hparam", [True, False])
+def test_an_attribute_that_is_no_option_says_where_it_was_found(as_hparam):
+    class Own(LitTiny):
+        def __init__(self, metric="accuracy"):
+            super().__init__()
+            if as_hparam:
+                self.save_hyperparameters()
+            else:
+                self.metric = metric
+
+    with pytest.raises(ValueError, match=r"unknown metric 'accuracy'; .* \(FGSGDMixin takes it from self\.metric"):
+        Own().configure_optimizers()

@@ -446,6 +446,21 @@ def test_a_weight_that_is_unfrozen_where_it_is_held_is_placed_in_the_next_step(t
     assert optimizer.distance(tiny.conv.weight) < 1e-5
 
 
+def test_a_step_under_autocast_that_places_the_first_weights_keeps_the_precision_of_the_geometry():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    net[1].weight.requires_grad_(False)
+    optimizer = FGSGD([net[1].weight, net[1].bias], lr=0.1, fused=False)
+    plan = pom_param_groups(net, manifolds=["stiefel"], start="preserve", exclude=()).plan
+    optimizer.constrain(plan)
+    assert not optimizer.poms
+    net[1].weight.requires_grad_(True).grad = torch.randn(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step()
+    assert len(optimizer.poms) == 1
+    assert optimizer.distance(net[1].weight) < 1e-5
+
+
 def test_a_state_is_loaded_where_a_weight_is_still_frozen_that_was_not_when_it_was_saved(tiny):
     def optimizer_of(model, seed):
         optimizer = FGSGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -484,6 +499,20 @@ def test_groups_of_several_models_and_of_ones_own_are_put_together_in_a_list(tin
     later = FGSGD(head.parameters(), lr=0.1)
     later.add_param_group(pom_param_groups(other)[0])
     assert set(later.poms) == set(alone[1].poms)
+
+
+def test_groups_of_several_models_have_names_of_their_own():
+    first, second, third = (nn.Conv2d(8, 8, 3) for _ in range(3))
+    optimizer = FGSGD([*pom_param_groups(first), *pom_param_groups(second), {"params": [], "name": "mine"}], lr=0.1)
+    for group in pom_param_groups(third, no_weight_decay=True):
+        optimizer.add_param_group(group)
+    names = ["pom", "euclidean", "pom, 2", "euclidean, 2", "mine", "pom, 3", "euclidean, no weight decay"]
+    assert [group["name"] for group in optimizer.param_groups] == names
+    assert len(optimizer.poms) == 3
+
+
+def test_an_optimizer_without_parameters_steps_as_sgd_does():
+    FGSGD([{"params": []}], lr=0.1).step()
 
 
 def test_groups_changed_within_their_list_keep_its_plan(tiny):

@@ -46,6 +46,18 @@ def test_a_timm_model_inside_a_module_is_found():
     assert "net.fc.weight" not in constrained(module)
 
 
+def test_a_method_of_the_name_of_timms_that_needs_arguments_names_no_head():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+
+        def get_classifier(self, number):
+            return self.fc
+
+    assert constrained(Own()) == {"conv.weight", "fc.weight"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -45,3 +45,19 @@ def test_a_step_that_is_refused_leaves_the_precision_of_products_as_it_was():
     with pytest.raises(FloatingPointError):
         FGSGD(pom_param_groups(layer), lr=0.1).step()
     assert allowed() == before
+
+
+@pytest.mark.skipif(not NEW, reason="there is one precision for all before torch 2.9")
+@pytest.mark.parametrize("own", [False, True])
+def test_a_precision_that_is_set_for_all_can_be_changed_for_all_after_a_step(own):
+    matmul = torch.backends.cuda.matmul
+    layer = nn.Linear(8, 8)
+    layer.weight.grad = torch.randn(8, 8)
+    (matmul if own else torch.backends).fp32_precision = "tf32"
+    try:
+        FGSGD(pom_param_groups(layer), lr=0.1).step()
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == ("tf32" if own else "ieee")
+    finally:
+        matmul.fp32_precision = torch.backends.fp32_precision = "none"

@@ -215,5 +215,5 @@ def _training_samples(trainer: Trainer) -> int:
     loader: Any = trainer.train_dataloader
     try:
         return max(len(loader.dataset), 1)
-    except (AttributeError, TypeError):  # several loaders, no data set, or an iterable one
+    except (AttributeError, TypeError, NotImplementedError):  # several loaders, no data set, or one without a length
         return 1

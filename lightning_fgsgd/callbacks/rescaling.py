@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from lightning_fgsgd import scaling
 from lightning_fgsgd._lightning import (
@@ -20,7 +19,7 @@ from lightning_fgsgd._lightning import (
     rank_zero_warn,
 )
 from lightning_fgsgd.callbacks._layers import layer_names
-from lightning_fgsgd.features import FeatureReader
+from lightning_fgsgd.features import FeatureReader, keeps_statistics
 from lightning_fgsgd.optimizer import FGSGD
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.sharding import collect
@@ -37,15 +36,15 @@ class FeatureStdRescaling(Callback):
     of their layer are read too (:class:`~lightning_fgsgd.features.FeatureReader`); where a layer's features cannot be seen,
     that is said once and its R stays; so it is where features are NaN or infinite. Before the first batch of the next
     epoch (so that what was validated, saved and averaged is what was trained), R = γ/λ is set, or with ``start="preserve"``
-    R = λ¹/λ, where λ¹ belongs to the first epoch that was gathered. Sanity checking and validation are not read.
+    R = R¹·λ¹/λ, where R¹ = 1 and λ¹ are those of the first epoch that was gathered. Only training is read.
     Several processes share what they read after every batch that is read, so λ, and a checkpoint at any moment, has all.
 
     Batch norm's running statistics belong to the weights before a rescale, and follow within a few steps of training; to
     evaluate right after one, recalibrate them with ``torch.optim.swa_utils.update_bn``. Where all batch norms are frozen
-    (in evaluation mode while training, or of a class such as timm's ``FrozenBatchNormAct2d``) they would not follow, and a
-    pretrained network would compute something else after every rescale: weights that started with ``"preserve"`` then keep
-    their R, and that is said once. Norms of a child of the module, or one in a list or dict of modules, that trains no
-    weight, say a teacher, do not count.
+    (in evaluation mode while training, of a class such as timm's ``FrozenBatchNormAct2d``, or without
+    ``track_running_stats``, as ``BaseFinetuning.freeze`` of Lightning leaves them) they would not follow, and a pretrained
+    network would compute something else after every rescale: weights that started with ``"preserve"`` then keep their R,
+    and that is said once. Only norms that something trained comes before do count, so not those of a teacher.
 
     Args:
         gamma: reading of b̂ in Eq. 2, ``"xavier"`` or ``"literal"``; see :func:`~lightning_fgsgd.scaling.gamma`.
@@ -92,6 +91,10 @@ class FeatureStdRescaling(Callback):
         self._last: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
         self._feature_map: dict[str, int] = {}
+        # Norms that something trained is before, by name: as all processes know of the last epoch (None: of a checkpoint
+        # that does not tell), and as this one has seen since.
+        self._behind: set[str] | None = set()
+        self._seen: set[str] = set()
 
     # The order of a fit ----------------------------------------------------------------------------------------------
 
@@ -101,6 +104,7 @@ class FeatureStdRescaling(Callback):
                 gathered.clear()
             self.history = []
             self._epoch, self._open = None, False
+            self._behind, self._seen = set(), set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         names = ", ".join(type(o).__name__ for o in trainer.optimizers) or "no optimizer"
@@ -193,7 +197,8 @@ class FeatureStdRescaling(Callback):
         def pixels(weight: Tensor, count: int) -> None:
             self._feature_map[names[weight]] = count
 
-        self._reader = FeatureReader(pl_module, poms, update, pixels)
+        norms = {norm: name for name, norm in _norms(pl_module).items()}
+        self._reader = FeatureReader(pl_module, poms, update, pixels, lambda norm: self._seen.add(norms[norm]))
 
     def _read(self, whether: bool) -> None:
         if self._reader is not None:
@@ -214,6 +219,7 @@ class FeatureStdRescaling(Callback):
             return
         self._open = False
         found: list[tuple[str, Tensor]] = []
+        std_at: dict[str, Tensor] = {}  # λ at R = 1: it is not 1 where a fit goes on, and this callback was not in it
         rows = []
         poms = _poms(trainer)
         names = layer_names(pl_module, poms).values()
@@ -228,12 +234,19 @@ class FeatureStdRescaling(Callback):
             moments = merge_moments(self._moments[name].to(radius.device))
             std = standard_deviation(moments, _pools(pom)).to(radius)
             found.append((name, std))
+            std_at[name] = std * _radius_by_channel(pom)
             rows.append(torch.stack([moments[0].max().to(radius), std.mean(), radius.mean(), *radius.aminmax()]))
         if not rows:
             return
-        pixels = torch.tensor([self._feature_map.get(name, 0) for name, _ in found], device=rows[0].device)
-        largest = of_processes(pixels).amax(0).tolist()  # images may be of another size elsewhere
+        norms = _norms(pl_module)
+        here = [self._feature_map.get(name, 0) for name, _ in found] + [int(name in self._seen) for name in norms]
+        # Images may be of another size elsewhere, or go through other parts.
+        anywhere = of_processes(torch.tensor(here, device=rows[0].device)).amax(0).tolist()
+        largest, seen = anywhere[: len(found)], anywhere[len(found) :]
         self._feature_map = {name: size for (name, _), size in zip(found, largest, strict=True) if size}
+        if any(seen):
+            self._behind = {name for name, is_behind in zip(norms, seen, strict=True) if is_behind}
+        self._seen = set()
         layers: dict[str, dict[str, float]] = {}
         for (name, std), (count, *row) in zip(found, torch.stack(rows).tolist(), strict=True):
             if count == 0:
@@ -241,8 +254,8 @@ class FeatureStdRescaling(Callback):
                 continue
             self._last[name] = std
             # A channel that was dead at first has its λ¹ from the first epoch in which it lives.
-            first = self._first.get(name, std).to(std)
-            self._first[name] = torch.where(first > 0, first, std)
+            first = self._first.get(name, std_at[name]).to(std)
+            self._first[name] = torch.where(first > 0, first, std_at[name])
             layers[name] = dict(zip(("std", "radius", "radius_min", "radius_max"), row, strict=True))
         for metric in self._metrics.values():
             metric.reset()
@@ -270,7 +283,7 @@ class FeatureStdRescaling(Callback):
     # Rescaling ------------------------------------------------------------------------------------------------------
 
     def _rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        clamped, held = 0, _norms_are_frozen(pl_module)
+        clamped, held = 0, _norms_are_frozen(pl_module, self._behind)
         names = layer_names(pl_module, _poms(trainer))
         for optimizer in (o for o in trainer.optimizers if isinstance(o, FGSGD)):
             for param, pom in optimizer.poms.items():
@@ -322,6 +335,7 @@ class FeatureStdRescaling(Callback):
             "feature_map": dict(self._feature_map),
             "history": list(self.history),
             "epoch": self._epoch,
+            "behind": None if self._behind is None else sorted(self._behind | self._seen),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
@@ -332,40 +346,40 @@ class FeatureStdRescaling(Callback):
         self._epoch = state_dict.get("epoch")
         self._open = bool(self._moments)
         self._feature_map = dict(state_dict["feature_map"])
+        behind = state_dict.get("behind")
+        self._behind = None if behind is None else set(behind)
         self.history = list(state_dict["history"])
         self._metrics.clear()
 
 
-def _norms_are_frozen(module: LightningModule) -> bool:
-    """Whether there are norms that keep running statistics, and none of them takes them from the batch.
+def _norms_are_frozen(module: LightningModule, behind: Container[str] | None) -> bool:
+    """Whether norms that follow something trained keep their running statistics, and none of them takes them from the batch.
 
-    Those of a child that has weights, and none that is trained, such as a teacher, follow nothing and do not count.
+    Args:
+        module: what is trained.
+        behind: the names of the norms that follow something trained; those before it, and of a teacher, do not count.
+            ``None``: nobody knows, and all count.
     """
-    parts = list(_parts(module))
-    idle = {part for part in parts if _has_weights_and_trains_none(part)}
-    trained = {m for part in parts if part not in idle for m in part.modules()}
-    beside = {m for part in idle for m in part.modules()} - trained  # a norm may be in two of the module's children
     frozen = [
-        "FrozenBatchNorm" in type(m).__name__ or not m.training
-        for m in module.modules()
-        if m not in beside
-        if (isinstance(m, _BatchNorm) and m.track_running_stats) or "FrozenBatchNorm" in type(m).__name__
+        "FrozenBatchNorm" in type(norm).__name__ or not norm.training or not norm.track_running_stats
+        for name, norm in _norms(module).items()
+        if behind is None or name in behind
     ]
     return bool(frozen) and all(frozen)
 
 
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of a module, and in the place of a list or a dict of modules, which computes nothing, those in it."""
-    for part in module.children():
-        if isinstance(part, nn.ModuleList | nn.ModuleDict):
-            yield from _parts(part)
-        else:
-            yield part
+def _norms(module: LightningModule) -> dict[str, Any]:
+    """The norms with running statistics, by name."""
+    found = {name.replace("_orig_mod.", ""): part for name, part in module.named_modules()}
+    return {name: part for name, part in found.items() if keeps_statistics(part)}
 
 
-def _has_weights_and_trains_none(part: nn.Module) -> bool:
-    parameters = list(part.parameters())
-    return any(p.ndim > 1 for p in parameters) and not any(p.requires_grad for p in parameters)
+def _radius_by_channel(pom: POM) -> Tensor:
+    """R of the components that read each channel, or conv group of blocks: their mean; 1 where there is none."""
+    held = ~pom.on("euclidean")
+    reads, radius = pom.reads()[held], pom.radius[held]
+    total, count = (radius.new_zeros(_pools(pom)).index_add_(0, reads, x) for x in (radius, torch.ones_like(radius)))
+    return torch.where(count > 0, total / count, 1.0)
 
 
 def _poms(trainer: Trainer) -> dict[Tensor, POM]:

@@ -1,4 +1,5 @@
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -193,11 +194,14 @@ def test_a_weight_that_is_not_finite_is_reported_as_such(tmp_path):
     assert all(math.isnan(monitor.history[-1]["network"][name]) for name in monitor.start)
 
 
-def test_the_size_of_the_training_set_can_be_given_and_is_1_where_it_has_none(tmp_path):
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_size_of_the_training_set_can_be_given_and_is_1_where_it_has_none(tmp_path, refuses):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(loader().dataset)
 
+    if refuses:
+        Stream.__len__ = Mock(side_effect=NotImplementedError)
     stream = torch.utils.data.DataLoader(Stream(), batch_size=8)
     found = {}
     for samples in (None, 1, 1000):

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint, ModelPruning
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from sklearn.datasets import load_digits
 from torch import nn
@@ -222,6 +222,140 @@ def test_frozen_norms_that_are_a_child_of_their_own_hold_radii(tmp_path, held_tw
     with pytest.warns(UserWarning, match="all batch norms are frozen"):
         fit.fit(module, loader())
     assert (fit.optimizers[0].pom(module.model.linear.weight).radius == 1).all()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_frozen_norms_behind_what_is_trained_hold_radii_wherever_they_are(tmp_path, apart):
+    class Adapted(FrozenNorms):
+        """A layer that is trained before a frozen network, in one module with it or beside it."""
+
+        def __init__(self):
+            super().__init__()
+            self.model.requires_grad_(False)
+            adapter = nn.Conv2d(4, 4, 3, padding=1)
+            if apart:
+                self.adapter = adapter
+                self.model.register_forward_pre_hook(lambda module, args: adapter(args[0]))
+            else:
+                self.model.adapter = adapter
+                self.model.conv.register_forward_pre_hook(lambda module, args: adapter(args[0]))
+
+    fit = trainer(tmp_path, POMGrouping(start="preserve"), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    with pytest.warns(UserWarning, match="all batch norms are frozen"):
+        fit.fit(Adapted(), loader())
+    poms = fit.optimizers[0].poms
+    assert [pom.name for pom in poms.values()] == ["adapter.weight" if apart else "model.adapter.weight"]
+    assert all((pom.radius == 1).all() for pom in poms.values())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_frozen_norms_in_checkpointed_blocks_hold_radii(tmp_path, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(FrozenNorms):
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(checkpoint(self.model, batch[0].requires_grad_(), use_reentrant=reentrant), batch[1])
+
+    fit = trainer(tmp_path, POMGrouping(start="preserve"), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    with pytest.warns(UserWarning, match="all batch norms are frozen"):
+        fit.fit(Checkpointed(), loader())
+    assert all((pom.radius == 1).all() for pom in fit.optimizers[0].poms.values())
+
+
+def test_norms_that_lightnings_own_finetuning_freezes_hold_radii(tmp_path):
+    class FreezeNorms(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze([m for m in pl_module.modules() if isinstance(m, nn.BatchNorm2d)], train_bn=False)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            pass
+
+    callbacks = FreezeNorms(), POMGrouping(start="preserve"), FeatureStdRescaling(every_n_batches=1)
+    fit = trainer(tmp_path, *callbacks, max_epochs=3)
+    module = LitTiny(lr=0.05)
+    assert module.model.norm.running_mean is not None
+    with pytest.warns(UserWarning, match="all batch norms are frozen"):
+        fit.fit(module, loader())
+    assert all((pom.radius == 1).all() for pom in fit.optimizers[0].poms.values())
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_whether_norms_are_frozen_is_known_to_a_fit_that_is_resumed_between_epochs(tmp_path, told):
+    def run(max_epochs, ckpt_path=None):
+        checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        callbacks = POMGrouping(start="preserve"), FeatureStdRescaling(every_n_batches=1), checkpoint
+        fit = trainer(tmp_path, *callbacks, max_epochs=max_epochs, enable_checkpointing=True)
+        module = FrozenNorms()
+        with pytest.warns(UserWarning, match="all batch norms are frozen"):
+            fit.fit(module, loader(), ckpt_path=ckpt_path)
+        return fit
+
+    run(2)
+    path = tmp_path / "epoch=1.ckpt"
+    saved = torch.load(path, weights_only=True)
+    (state,) = (state for name, state in saved["callbacks"].items() if "FeatureStdRescaling" in name)
+    assert state["behind"] == ["model.norm", "model.up.1"]
+    if not told:  # of a version that did not tell: all norms count
+        del state["behind"]
+        torch.save(saved, path)
+    assert all((pom.radius == 1).all() for pom in run(3, path).optimizers[0].poms.values())
+
+
+def test_a_fit_that_goes_on_without_it_and_then_with_it_keeps_the_radii_that_it_had_set(tmp_path):
+    class Louder(Callback):
+        """Three times as loud from the second epoch on."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.train_dataloader.dataset.tensors[0].mul_(3 if trainer.current_epoch == 1 else 1)
+
+    def run(max_epochs, data, *callbacks, ckpt_path=None):
+        fit, module = trainer(tmp_path, POMGrouping(), *callbacks, max_epochs=max_epochs), Frozen()
+        fit.fit(module, data, ckpt_path=ckpt_path)
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        pom = fit.optimizers[0].pom(module.model.conv.weight)
+        return pom.radius, pom.components
+
+    data, last = loader(), tmp_path / "last.ckpt"
+    first, weights = run(3, data, Louder(), FeatureStdRescaling(every_n_batches=1))
+    torch.testing.assert_close(first, torch.full((24,), 1 / 3))
+    run(4, data, ckpt_path=last)
+    for epochs in (6, 7):
+        found = run(epochs, data, FeatureStdRescaling(every_n_batches=1), ckpt_path=last)
+        for mine, expected in zip(found, (first, weights), strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_a_layer_that_lightning_prunes_in_the_middle_of_a_fit_is_read_on(tmp_path):
+    class Later(ModelPruning):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                self.apply_pruning(0.3)
+
+    rescaling, module = FeatureStdRescaling(every_n_batches=1), LitTiny(lr=0.01)
+    pruning = Later("l1_unstructured", [(module.model.conv, "weight")], amount=0.3, make_pruning_permanent=False)
+    fit = trainer(tmp_path, POMGrouping(), rescaling, pruning, max_epochs=3)
+    fit.fit(module, loader())
+    assert "weight_orig" in dict(module.model.conv.named_parameters())
+    expected = first_layer_std().mean().item()
+    assert [len(row["layers"]) for row in rescaling.history] == [len(fit.optimizers[0].poms)] * 3
+    found = [std["std"] for row in rescaling.history for name, std in row["layers"].items() if "model.conv" in name]
+    assert found == pytest.approx([expected] * 3, rel=1e-5)
+
+
+class Marked(torch.Tensor):
+    """As other libraries have them, with something of their own beside the numbers."""
+
+
+def test_features_of_a_class_of_their_own_leave_plain_radii_and_a_checkpoint_that_is_read_without_it(tmp_path):
+    class WithMarks(LitTiny):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0].as_subclass(Marked), batch[1]), batch_idx)
+
+    fit = trainer(tmp_path, POMGrouping(), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    fit.fit(WithMarks(lr=0.05), loader())
+    assert {type(pom.radius) for pom in fit.optimizers[0].poms.values()} == {torch.Tensor}
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
 
 
 def test_a_channel_that_is_dead_at_first_has_its_first_lambda_from_when_it_lives(tmp_path):
