@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_fgsgd.manifolds.base import by_lapack, divide, wide
+from lightning_fgsgd.precision import exact
 
 __all__ = ["Norms", "component_norms", "geometric_means", "group_norms"]
 
@@ -29,6 +30,7 @@ class Norms(NamedTuple):
     l21: Tensor
 
 
+@exact
 def component_norms(components: Tensor) -> Norms:
     """Norms of every component, each (k,), of ``components`` (k, n, p)."""
     # The largest eigenvalue of the small Gram matrix instead of singular values of the tall component.
@@ -38,6 +40,7 @@ def component_norms(components: Tensor) -> Norms:
     return Norms(spectral, columns.norm(dim=-1), columns.sum(-1))
 
 
+@exact
 def group_norms(components: Tensor, group: Tensor, norms: Norms | None = None) -> Norms:
     """Norms of every concatenated group ω_g = [ω_1, ω_2, ...], n x p|g|, each (G,).
 

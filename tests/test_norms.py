@@ -125,3 +125,14 @@ def test_the_norm_of_a_group_is_at_least_that_of_each_of_its_components():
     components = torch.randn(12, 1500, 128) * 0.02
     group = torch.arange(12)
     assert (group_norms(components, group).spectral >= component_norms(components).spectral).all()
+
+
+@pytest.mark.parametrize("n", [9, 400])
+def test_autocast_does_not_round_norms(n):
+    torch.manual_seed(0)
+    components, group = torch.randn(6, n, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    expected = component_norms(components), group_norms(components, group)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = component_norms(components), group_norms(components, group)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
