@@ -154,13 +154,19 @@ def whole(poms: Sequence[POM | None]) -> list[POM | None]:
     return found
 
 
-def restore_momentum(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Give the state of half-precision weights its own precision back, which torch casts to theirs, and spread it alike."""
+def restore_momentum(
+    state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer, poms: Mapping[Tensor, POM]
+) -> None:
+    """Give the state of half-precision weights its own precision back, which torch casts to theirs, and spread it alike.
+
+    That of weights that are stepped as by ``torch.optim.SGD`` has their precision, as there.
+    """
     for packed, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for index, p in zip(packed["params"], group["params"], strict=True):
             state = optimizer.state.get(p, {})
+            own = p in poms and (poms[p].constrains or group["rho"] is not None)
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.dtype != state[key].dtype:
+                if own and isinstance(value, Tensor) and value.dtype != state[key].dtype:
                     state[key] = value.to(p.device, copy=True)
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     state[key] = split_like(state[key], p)

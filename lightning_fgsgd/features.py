@@ -96,7 +96,8 @@ class FeatureReader:
             self._uncompiled = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_reading": False}  # a copy of the model has copies of the hooks, which read nothing
+        # A copy of the model has copies of the hooks, which read nothing and tell nobody.
+        return {"_reading": False, "_behind": _nobody}
 
     def _hook(self) -> None:
         for module in self._model.modules():
@@ -208,6 +209,10 @@ class FeatureReader:
                 if weight is not None and weight in self._poms:
                     self._show(weight, features)
                     self._pixels(weight, len(features))  # torch has the sequence first here
+
+
+def _nobody(norm: nn.Module) -> None:
+    pass
 
 
 def keeps_statistics(module: nn.Module) -> bool:

@@ -414,7 +414,7 @@ class FGSGD(torch.optim.Optimizer):
         replaced = [pom.name for p, pom in poms.items() if p in self._poms and not pom.same_constraints(self._poms[p])]
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
         super().load_state_dict({**state_dict, "param_groups": saved})
-        checkpoint.restore_momentum(state_dict, self)
+        checkpoint.restore_momentum(state_dict, self, poms)
         for p, (then, before) in self._unplaced.items():
             if version(p) == then:
                 p.detach().copy_(before)

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
 
 from lightning_fgsgd import FGSGD, export_timm, pom_param_groups
 
@@ -40,6 +41,41 @@ def test_wrong_targets_are_named(tmp_path):
         export_timm(nn.Linear(2, 2), tmp_path / "weights.onnx")
     with pytest.raises(ValueError, match="Linear is not a timm model, nor is its attribute 'model'"):
         export_timm(nn.Linear(2, 2), tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "pruned", "pruned twice"])
+def test_weights_that_are_parametrized_or_pruned_are_written_as_they_come_out(tmp_path, how):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=5)
+    layer = model.layer1[0].conv1
+    if how.startswith("pruned"):
+        for _ in how.split():
+            prune.l1_unstructured(layer, "weight", 0.3)
+    else:
+        getattr(parametrizations, how)(layer)
+    x = torch.randn(2, 3, 64, 64)
+    model(x)
+    with torch.no_grad():  # as a step does: what comes out is not what it was in the last forward pass
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = export_timm(model, tmp_path / "weights.safetensors")
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    loaded = timm.create_model("test_resnet", num_classes=5, checkpoint_path=str(path)).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*:FutureWarning")
+def test_weights_under_the_older_norms_are_named_with_what_to_do(tmp_path, how):
+    model = timm.create_model("test_resnet", num_classes=5)
+    getattr(nn.utils, how)(model.layer1[0].conv1)
+    with pytest.raises(
+        ValueError, match=rf"layer1\.0\.conv1\.weight is under .*call torch\.nn\.utils\.remove_{how} first"
+    ):
+        export_timm(model, tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -495,14 +495,15 @@ def test_callbacks_can_be_copied_before_in_the_middle_of_and_after_a_fit(tmp_pat
         assert same(trained, twin)
 
 
-def test_a_model_that_is_copied_in_the_middle_of_a_batch_is_not_read_and_can_be_run(tmp_path):
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_model_that_is_copied_in_the_middle_of_a_batch_is_not_read_and_can_be_run(tmp_path, with_gradients):
     class Teacher(LitTimm):
         """A mean teacher that is made in the first step, and run beside the student, on louder images."""
 
         def training_step(self, batch, batch_idx):
             if self.global_step == 0:
-                self.__dict__["teacher"] = copy.deepcopy(self.model)
-            with torch.no_grad():
+                self.__dict__["teacher"] = pickle.loads(pickle.dumps(copy.deepcopy(self.model)))
+            with torch.set_grad_enabled(with_gradients):
                 self.teacher(100 * batch[0])
             return super().training_step(batch, batch_idx)
 

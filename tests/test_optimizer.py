@@ -704,6 +704,22 @@ def test_the_state_of_half_precision_weights_keeps_its_precision_in_a_checkpoint
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize(("then", "now"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_a_state_that_is_loaded_in_another_precision_has_it_as_with_sgd(then, now):
+    def make(dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).to(dtype)
+        return model, FGSGD(pom_param_groups(model), lr=0.1, momentum=0.9)
+
+    model, optimizer = make(then)
+    stepped(model, optimizer)
+    other, resumed = make(now)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    stepped(other, resumed)
+    assert {resumed.state[p]["momentum_buffer"].dtype for p in other.parameters()} == {now}
+
+
 def stepped(model, optimizer):
     for p in model.parameters():
         p.grad = torch.randn_like(p)

@@ -197,8 +197,14 @@ class FeatureStdRescaling(Callback):
         def pixels(weight: Tensor, count: int) -> None:
             self._feature_map[names[weight]] = count
 
-        norms = {norm: name for name, norm in _norms(pl_module).items()}
-        self._reader = FeatureReader(pl_module, poms, update, pixels, lambda norm: self._seen.add(norms[norm]))
+        norms: dict[Any, str] = {}
+
+        def behind(norm: Any) -> None:
+            if norm not in norms:  # the first one, or one that was put in meanwhile
+                norms.update({norm: name for name, norm in _norms(pl_module).items()})
+            self._seen.add(norms[norm])
+
+        self._reader = FeatureReader(pl_module, poms, update, pixels, behind)
 
     def _read(self, whether: bool) -> None:
         if self._reader is not None:
