@@ -136,14 +136,12 @@ class IDXFolder(ImageData):
 
     def setup(self, stage: str) -> None:
         """Read the four files."""
-        train, test = (
-            GrayImages(
-                read_idx(self.root, f"{part}-images-idx3-ubyte"),
-                read_idx(self.root, f"{part}-labels-idx1-ubyte"),
-                self.image_size,
+        train, test = (GrayImages(*labelled_idx(self.root, part), self.image_size) for part in ("train", "t10k"))
+        most = max(int(part.labels.max()) for part in (train, test) if len(part))
+        if most >= self.num_classes:
+            raise ValueError(
+                f"data.num_classes: {self.num_classes} was given, but {str(self.root)!r} has a label {most}"
             )
-            for part in ("train", "t10k")
-        )
         self.train, self.val = self._split(train, self.val_fraction)
         self.test = test
 
@@ -211,6 +209,7 @@ class TimmData(ImageData):
         name = self.splits[split]
         assert name is not None
         dataset = create_dataset(self.dataset, self.root, name, is_training=training, download=self.download)
+        transform.transforms.insert(0, _in_colour)
         dataset.transform = transform
         reader = getattr(dataset, "reader", dataset)
         classes = getattr(reader, "class_to_idx", None)
@@ -231,6 +230,14 @@ class TimmData(ImageData):
         return dataset
 
 
+def labelled_idx(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of one part, ``"train"`` or ``"t10k"``, of the four IDX files of a folder."""
+    images, labels = read_idx(folder, f"{part}-images-idx3-ubyte"), read_idx(folder, f"{part}-labels-idx1-ubyte")
+    if len(images) != len(labels):
+        raise ValueError(f"data.root: {str(folder)!r} has {len(images)} images and {len(labels)} labels of {part!r}")
+    return images, labels
+
+
 def read_idx(folder: Path, name: str) -> np.ndarray:
     """Read an IDX file of bytes (the format of MNIST), gzip'd or not."""
     for path, opener in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
@@ -247,6 +254,11 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     if len(data) - offset != int(np.prod(dims)):
         raise ValueError(f"data.root: {path} is cut short: {len(data) - offset} bytes instead of {int(np.prod(dims))}")
     return np.frombuffer(data, np.uint8, offset=offset).reshape(dims)
+
+
+def _in_colour(image: Any) -> Any:
+    """A PIL image with the three channels that the transforms and the model expect."""
+    return image.convert("RGB")
 
 
 def _folder(root: str, may_be_empty: bool = False) -> Path:

@@ -23,7 +23,8 @@ def export(checkpoint: str, output: str) -> str:
     module = LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", pretrained=False)
     path = export_timm(module, output)
     name, classes = module.hparams["model"], module.hparams["num_classes"]
-    return f"{path}: timm.create_model({name!r}, num_classes={classes}, checkpoint_path={str(path)!r})"
+    further = "".join(f", {key}={value!r}" for key, value in (module.hparams["model_args"] or {}).items())
+    return f"{path}: timm.create_model({name!r}, num_classes={classes}{further}, checkpoint_path={str(path)!r})"
 
 
 if __name__ == "__main__":

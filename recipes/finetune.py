@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 
 from lightning_fgsgd import FGSGD, FeatureStdRescaling, NormBoundMonitor, POMGrouping, describe, export_timm
@@ -37,18 +38,33 @@ class FinetuneCLI(LightningCLI):
         parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Remember which architecture was asked for: Lightning lets a checkpoint's hyperparameters replace it."""
+        """Remember which model was asked for: Lightning lets a checkpoint's hyperparameters replace it."""
         super().parse_arguments(parser, args)
-        self.asked = self.config[self.config["subcommand"]]["model"]["model"]
+        self.given = list(sys.argv[1:] if args is None else args)
+        self.asked = dict(self.config[self.config["subcommand"]]["model"])
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another architecture."""
-        found = self.config[self.config["subcommand"]]["model"]["model"]
-        if found != self.asked:
+        """Refuse a checkpoint of another architecture, and options that one replaces; say what else it replaces."""
+        command = self.config["subcommand"]
+        found = self.config[command]["model"]
+        replaced = {name: found[name] for name in self.asked if found[name] != self.asked[name]}
+        if "model" in replaced:
             raise ValueError(
-                f"ckpt_path: the checkpoint was made with model={found!r}, this run has model={self.asked!r}; "
-                f"give --model.model {found} or another checkpoint"
+                f"ckpt_path: the checkpoint was made with model={found['model']!r}, this run has "
+                f"model={self.asked['model']!r}; give --model.model {found['model']} or another checkpoint"
             )
+        if command != "fit" or not replaced:
+            return
+        for name, there in replaced.items():
+            if any(arg.partition("=")[0] == f"--model.{name}" for arg in self.given):
+                raise ValueError(
+                    f"model.{name}: {self.asked[name]!r} was given, but a fit goes on as its checkpoint began, with "
+                    f"{there!r}; leave it out, or begin a new fit without --ckpt_path"
+                )
+        own = ", ".join(f"{name}={value!r}" for name, value in replaced.items())
+        rank_zero_warn(
+            f"ckpt_path: the fit goes on as its checkpoint began, with {own}, whatever the configuration says"
+        )
 
     def before_fit(self) -> None:
         """Plain SGD has no manifolds: our callbacks are dropped. The learning curve is always kept."""
@@ -87,7 +103,7 @@ class FinetuneCLI(LightningCLI):
         console = Console(width=None if sys.stdout.isatty() else 160)
         if isinstance(optimizer, FGSGD):
             console.print(describe(optimizer, quiet=True))
-        print_summary(console, optimizer, float(results[0]["test_accuracy"]), files)
+        print_summary(console, optimizer, float(results[0]["test_accuracy"]) if results else None, files)
 
 
 def _num_classes(data: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,10 +129,26 @@ class LitClassifier(FGSGDMixin, LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self.configure_lr_scheduler(optimizer)}
 
     def configure_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Half a cosine over the whole run, step by step."""
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps, 1))
+        """Half a cosine over the whole run, step by step; over the longer run where one is resumed to more epochs.
+
+        Raises:
+            ValueError: the run has no end that is known before.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "trainer.max_epochs: -1 has no end that the learning rate could fall to; give a number, or max_steps"
+            )
+        # Not CosineAnnealingLR: its length comes back with a checkpoint, and beyond it the rate would rise again.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_half_cosine, max(int(steps), 1)))
         return {"scheduler": scheduler, "interval": "step"}
+
+    def on_train_start(self) -> None:
+        """A checkpoint has the rate of the run that it is of, the last of which is 0; from here on it is this run's."""
+        schedule: Any = self.lr_schedulers()
+        rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, base, factor in rates:
+            group["lr"] = base * factor(schedule.last_epoch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another architecture before anything is loaded."""
@@ -141,6 +159,10 @@ class LitClassifier(FGSGDMixin, LightningModule):
                     f"ckpt_path: the checkpoint was made with {name}={there[name]!r}, this run has "
                     f"{name}={self.hparams[name]!r}; give --model.{name} {there[name]} or another checkpoint"
                 )
+
+
+def _half_cosine(steps: int, step: int) -> float:
+    return (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
 def load_weights(model: nn.Module, source: str) -> None:

@@ -31,12 +31,14 @@ class LearningCurve(Callback):
         self.epochs = list(state_dict["epochs"])
 
 
-def print_summary(console: Console, optimizer: Any, accuracy: float, files: Mapping[str, Sequence[Path | str]]) -> None:
+def print_summary(
+    console: Console, optimizer: Any, accuracy: float | None, files: Mapping[str, Sequence[Path | str]]
+) -> None:
     """Accuracy, constraints and where things lie."""
     table = Table(title="Result", show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
-    table.add_row("test accuracy", f"{accuracy:.4f}")
+    table.add_row("test accuracy", "not tested" if accuracy is None else f"{accuracy:.4f}")
     table.add_row("optimizer", type(optimizer).__name__)
     if isinstance(optimizer, FGSGD):
         params = list(optimizer.poms)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.data import read_idx
+from recipes.data import labelled_idx
 
 SOURCES = ("fashion_mnist", "digits")
 
@@ -142,10 +142,7 @@ def _fashion_mnist(root: str) -> tuple[tuple[Tensor, Tensor], ...]:
         raise FileNotFoundError(
             f"root: there is no folder {root!r}; give the folder of Fashion-MNIST's IDX files, --root"
         )
-    return tuple(
-        _tensors(read_idx(Path(root), f"{part}-images-idx3-ubyte"), read_idx(Path(root), f"{part}-labels-idx1-ubyte"))
-        for part in ("train", "t10k")
-    )
+    return tuple(_tensors(*labelled_idx(Path(root), part)) for part in ("train", "t10k"))
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], ...]:

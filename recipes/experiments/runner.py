@@ -52,7 +52,7 @@ def run_all(spec: Mapping[str, Any], folder: Path, root: str, workers: int, devi
         RuntimeError: a run failed; it names the run. Those that had begun are finished and kept first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(_read(folder / "runs.csv"))
+    rows = _mend(folder)
     done = {row["key"] for row in rows}
     origin = provenance()
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -165,6 +165,28 @@ def _read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _mend(folder: Path) -> list[dict[str, str]]:
+    """Take off what a machine that stopped had not written to the end; the rows of the runs that are whole.
+
+    That is a line without an end, and what other files have of a run whose row, which is written last, is not there.
+    """
+    for path in folder.glob("*.csv"):
+        written = path.read_bytes()
+        whole = written[: written.rfind(b"\n") + 1]
+        if whole != written:
+            path.write_bytes(whole)
+    rows = _read(folder / "runs.csv")
+    done = {row["key"] for row in rows}
+    for path in folder.glob("*.csv"):
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines[1:] if line.partition(",")[0] in done]
+        if len(kept) < len(lines) - 1:
+            path.write_text("".join(lines[:1] + kept))
+        elif not lines:
+            path.unlink()  # with its header gone
+    return rows
 
 
 def _append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -68,6 +68,8 @@ def load(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"config: there is no file {str(path)!r}")
     spec = yaml.safe_load(file.read_text())
+    if not isinstance(spec, dict):
+        raise ValueError(f"{file.name}: it holds no fields; give {', '.join(FIELDS)}")
     for name in spec:
         if name not in FIELDS:
             raise ValueError(f"{file.name}: unknown field {name!r}; choose from {', '.join(FIELDS)}")
@@ -75,6 +77,13 @@ def load(path: str | Path) -> dict[str, Any]:
     for name in ("name", "seeds", "arms"):
         if not spec.get(name):
             raise ValueError(f"{file.name}: {name} is missing")
+    for name in ("seeds", "tuning_seeds", "against"):
+        if not isinstance(spec[name], list):
+            raise ValueError(f"{file.name}: {name}: {spec[name]!r} is not a list")
+    for name in ("arms", "common"):
+        if not isinstance(spec[name], dict):
+            raise ValueError(f"{file.name}: {name}: {spec[name]!r} has no names and values")
+    spec["arms"] = {arm: {} if options is None else options for arm, options in spec["arms"].items()}
     spec.setdefault("reference", next(iter(spec["arms"])))
     for name in ("reference", "against"):
         for arm in [spec[name]] if name == "reference" else spec[name]:
@@ -97,6 +106,8 @@ def load(path: str | Path) -> dict[str, Any]:
 def _check(spec: Mapping[str, Any], arm: str, who: str) -> None:
     """Refuse an arm that could not be run, or not as it says."""
     options = spec["arms"][arm]
+    if not isinstance(options, dict):
+        raise ValueError(f"{who}: {options!r} is not a mapping of options to values")
     grid, other, seeds = options.get("grid", {}), options.get("tuned_as"), options.get("seeds", [])
     if grid and not spec["tuning_seeds"]:
         raise ValueError(f"{who} has a grid, but tuning_seeds is missing")
@@ -104,7 +115,11 @@ def _check(spec: Mapping[str, Any], arm: str, who: str) -> None:
         raise ValueError(f"{who} has a grid and is tuned_as another; one of the two")
     if other is not None and not spec["arms"].get(other, {}).get("grid"):
         raise ValueError(f"{who} is tuned_as {other!r}, which is no arm with a grid")
+    if not isinstance(grid, dict):
+        raise ValueError(f"{who}: grid: {grid!r} is not a mapping of options to lists of values")
     for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{who}: grid: {name} has {values!r} in the place of a list of values")
         if len({json.dumps(value) for value in values}) < len(values):
             raise ValueError(f"{who}: its grid has a value of {name} twice: {values}")
         if _given(options, name):
@@ -117,6 +132,8 @@ def _check(spec: Mapping[str, Any], arm: str, who: str) -> None:
         )
     config = _base(spec, arm)
     epochs, every = config.get("epochs", 1), config.get("validate_every", 1)
+    if every < 1:
+        raise ValueError(f"{who}: validate_every: {every} is less than 1")
     if epochs % every:
         raise ValueError(f"{who}: validate_every {every} leaves out the last of {epochs} epochs")
     if spec["keep"] is not None and grid and "validation" not in config.get("data", {}):

@@ -120,6 +120,30 @@ def test_bad_image_folders_are_named(tmp_path):
         TimmData(root, num_classes=3).setup("fit")
 
 
+def test_idx_files_that_do_not_belong_together_are_named(tmp_path):
+    root = idx_folder(tmp_path, zipped=False)
+    with pytest.raises(ValueError, match=r"data\.num_classes: 9 was given, but .* has a label 9"):
+        IDXFolder(root, num_classes=9).setup("fit")
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", LABELS[:7], zipped=False)
+    with pytest.raises(ValueError, match=r"data\.root: .* has 40 images and 7 labels of 't10k'"):
+        IDXFolder(root).setup("fit")
+
+
+def test_grey_images_of_torchvision_have_three_channels(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    idx_folder(folder, zipped=False)
+    data = TimmData(
+        str(tmp_path), num_classes=10, dataset="torch/mnist", image_size=8, batch_size=4, transform={"crop_pct": 1.0}
+    )
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 8, 8)
+    image, label = data.test[3]
+    assert label == LABELS[103]
+    assert torch.equal(image[0], image[2])
+    assert image.mean() == pytest.approx(IMAGES[103].mean() / 255, rel=0.3)
+
+
 def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
     # The real reader on a small archive in CIFAR's own format; only the checksum of the true files is waived.
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)

@@ -121,10 +121,29 @@ def test_a_killed_experiment_goes_on_with_what_is_missing(tmp_path):
         assert time.monotonic() < deadline, [Path(f"/proc/{p}/cmdline").read_text() for p in children if _running(p)]
         time.sleep(0.05)
     before = table.read_text()
+    before = before[: before.rfind("\n") + 1]
     assert 2 < len(before.splitlines()) < 13
     main(file, output=str(tmp_path), workers=1)
     assert table.read_text().startswith(before)
     assert [int(r["seed"]) for r in rows_of(tmp_path)] == list(range(12))
+
+
+@pytest.mark.parametrize("left", [20, -300])
+def test_a_row_that_was_cut_off_is_run_again_and_leaves_no_trace(tmp_path, left):
+    arms = {"SGD": {"method": "sgd", "lr": 0.1}}
+    common = {**SMALL, "epochs": 2}
+    main(experiment(tmp_path, arms, common=common), output=str(tmp_path), workers=1)
+    table, curves = (tmp_path / "small" / name for name in ("runs.csv", "curves.csv"))
+    whole = table.read_text()
+    first = whole[: whole.rstrip().rfind("\n") + 1]
+    table.write_text(first + whole[len(first) :][:left])
+    curves.write_text(curves.read_text()[:-5])
+    main(experiment(tmp_path, arms, common=common, seeds=[0, 1, 2]), output=str(tmp_path), workers=1)
+    rows, epochs = rows_of(tmp_path), rows_of(tmp_path, "curves.csv")
+    assert [row["seed"] for row in rows] == ["0", "1", "2"]
+    assert table.read_text().startswith(first)
+    assert [(row["key"], row["epoch"]) for row in epochs] == [(row["key"], e) for row in rows for e in "12"]
+    assert all(float(row["train_loss"]) > 0 for row in epochs)
 
 
 def test_a_failing_run_is_named_after_the_others_have_been_kept(tmp_path):

@@ -132,11 +132,26 @@ def test_keys_are_of_what_is_run_and_no_more(tmp_path):
         ({"arms": {"A": {"seeds": [0, 100]}}}, "'A': seed 100 is one of tuning_seeds"),
         ({"arms": {"A": {"validate_every": 2}}}, "'A': validate_every 2 leaves out the last of 3 epochs"),
         ({"keep": "agreement"}, "'SGD': keep needs data.validation"),
+        ({"seeds": 5}, "seeds: 5 is not a list"),
+        ({"common": 3}, "common: 3 has no names and values"),
+        ({"arms": {"A": 3}}, "'A': 3 is not a mapping of options"),
+        ({"arms": {"A": {"grid": [0.1]}}}, "'A': grid: .* is not a mapping"),
+        ({"arms": {"A": {"grid": {"lr": 0.1}}}}, "'A': grid: lr has 0.1 in the place of a list"),
+        ({"arms": {"A": {"grid": {"lr": []}}}}, r"'A': grid: lr has \[\] in the place of a list"),
+        ({"arms": {"A": {"validate_every": 0}}}, "'A': validate_every: 0 is less than 1"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_field_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"small.yaml: .*{message}"):
         loaded(tmp_path, **changes)
+
+
+def test_an_empty_file_is_refused_and_an_arm_without_options_is_what_is_common(tmp_path):
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ValueError, match=r"empty\.yaml: it holds no fields; give name, seeds"):
+        load(tmp_path / "empty.yaml")
+    spec = loaded(tmp_path, common={"method": "sgd"}, arms={"SGD": None})
+    assert [run.config for run in final_runs(spec, "SGD", [])] == [{"method": "sgd"}] * 2
 
 
 def test_a_missing_file_is_named():

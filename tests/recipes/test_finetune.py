@@ -1,11 +1,14 @@
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
+from pytorch_lightning import Callback
 
 from recipes import finetune
 from tests.recipes.test_data import idx_folder, image_folder
@@ -76,6 +79,10 @@ def test_a_run_is_resumed_through_the_command_line(tmp_path):
         assert torch.equal(x["manifold"], y["manifold"])
         assert (x["upper"] is None) == (y["upper"] is None)
         assert x["upper"] is None or torch.equal(x["upper"], y["upper"])
+    with pytest.raises(
+        ValueError, match=r"model\.lr: 0\.7 was given, but a fit goes on as its checkpoint began, with 0\."
+    ):
+        finetune.main(["fit", "--model.lr=0.7", f"--ckpt_path={last}", saved_in(tmp_path)])
     other = "--model.model=resnet10t", "--model.pretrained=false"
     with pytest.raises(ValueError, match="model='tf_efficientnet_lite0', this run has model='resnet10t'"):
         finetune.main(["fit", *other, f"--ckpt_path={last}", saved_in(tmp_path)])
@@ -170,3 +177,42 @@ def test_wrong_input_stops_the_command_before_training(tmp_path, args, message, 
     assert getattr(stop.value, "code", 1) != 0
     assert message in re.sub(r"\s+", " ", f"{printed.err} {stop.value}")
     assert "Epoch 0" not in printed.out
+
+
+SMALL = (
+    *("--data=Digits", "--data.image_size=32", "--model.model=test_resnet", "--model.pretrained=false"),
+    *("--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"),
+)
+
+
+def test_a_run_that_is_resumed_to_more_epochs_goes_on_along_the_half_cosine_of_all(tmp_path, recwarn):
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    def fit(epochs, *args):
+        seen.clear()
+        with patch.object(finetune.LitClassifier, "configure_callbacks", lambda self: [Rates()]):
+            finetune.main(["fit", f"--trainer.max_epochs={epochs}", saved_in(tmp_path), *SMALL, *args])
+        return list(seen)
+
+    seen = []
+    rate = 0.04
+    first = fit(1, "--model.lr=0.04")
+    assert first == pytest.approx([rate * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
+    rest = fit(2, f"--ckpt_path={tmp_path / 'digits/version_0/checkpoints/last.ckpt'}")
+    assert rest == pytest.approx([rate * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(4, 8)])
+    said = [str(w.message) for w in recwarn if "ckpt_path: the fit goes on" in str(w.message)]
+    assert len(said) == 1
+    assert "lr=0.04" in said[0]  # the default configuration has another
+
+
+def test_a_run_that_tests_nothing_ends_with_its_report(tmp_path, capsys):
+    finetune.main(["fit", "--trainer.max_epochs=1", "--trainer.limit_test_batches=0", saved_in(tmp_path), *SMALL])
+    assert re.search(r"test accuracy\s+│ not tested", capsys.readouterr().out)
+
+
+def test_a_run_without_an_end_is_refused_for_its_learning_rate(tmp_path):
+    endless = "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:05"
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs: -1 has no end"):
+        finetune.main(["fit", *endless, saved_in(tmp_path), *SMALL])
