@@ -4,7 +4,7 @@ After *Fine-grained Optimization of Deep Neural Networks*, Mete Ozay, NeurIPS 20
 """
 
 from lightning_fgsgd.__about__ import __version__
-from lightning_fgsgd.callbacks import FeatureStdRescaling, NormBoundMonitor, POMGrouping
+from lightning_fgsgd.callbacks import FeatureStdRescaling, NormBoundMonitor, POMGrouping, POMProjection
 from lightning_fgsgd.describe import describe
 from lightning_fgsgd.export import export_timm
 from lightning_fgsgd.module import FGSGDMixin
@@ -20,6 +20,7 @@ __all__ = [
     "FeatureStdRescaling",
     "NormBoundMonitor",
     "POMGrouping",
+    "POMProjection",
     "RobbinsMonroLR",
     "__version__",
     "check_step_sizes",

@@ -14,7 +14,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_fgsgd import FGSGD, FeatureStdRescaling, FGSGDMixin, NormBoundMonitor, POMGrouping, pom_param_groups
+from lightning_fgsgd import (
+    FGSGD,
+    FeatureStdRescaling,
+    FGSGDMixin,
+    NormBoundMonitor,
+    POMGrouping,
+    POMProjection,
+    pom_param_groups,
+)
 from lightning_fgsgd.scaling import gamma
 from tests import lit, processes
 from tests.test_checkpoints import Resumable, differences
@@ -248,6 +256,29 @@ def test_a_norm_that_one_process_uses_lets_the_radii_of_all_follow(tmp_path):
     for radius, behind in processes.run(tmp_path, uneven_norms, 2):
         torch.testing.assert_close(radius, torch.full((12,), 1 / 2))
         assert behind == ["norms.b", "norms.both"]
+
+
+class ByAdam(Lit):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def held(rank, folder):
+    torch.manual_seed(rank)  # of every process another model: DDP sends round that of the first
+    module, projection = ByAdam(Net()), POMProjection()
+    fit = lit.trainer(folder, projection, max_epochs=2, devices=2, strategy="ddp")
+    data = TensorDataset(torch.randn(16, 3, 6, 6), torch.randint(3, (16,)))
+    fit.fit(module, DataLoader(data, batch_size=4))
+    distance = max(map(projection.held.distance, projection.held.poms))
+    return [p.detach() for p in module.parameters()], distance
+
+
+@pytest.mark.slow
+def test_weights_that_another_optimizer_steps_are_held_alike_in_two_processes(tmp_path):
+    (first, distance), (second, _) = processes.run(tmp_path, held, 2)
+    assert distance < 1e-5
+    for mine, theirs in zip(first, second, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""POMProjection: holds weights on products of manifolds that another optimizer steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_fgsgd._lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_fgsgd.callbacks.grouping import POMGrouping
+from lightning_fgsgd.optimizer import FGSGD
+
+__all__ = ["POMProjection"]
+
+_OF_PARAM_GROUPS = ("layer_decay", "euclidean_lr_factor", "no_weight_decay")
+
+
+class POMProjection(Callback):
+    """Hold weights on products of manifolds whatever steps them: after each step, at the nearest point.
+
+    For optimizers other than :class:`~lightning_fgsgd.FGSGD`, which steps along the manifolds by itself. Each of their steps
+    is followed by the projection onto the manifolds, q ↦ argmin ‖q − v‖; what they gather, such as momentum, is not moved
+    along, and their weight decay acts on the weights in between. It is what :meth:`~lightning_fgsgd.FGSGD.project` does.
+
+    Weights are put onto their manifolds when fitting starts. Those that are frozen then, or that no optimizer has, stay as
+    they are. A checkpoint has the index sets and the Gram information; a fit that is resumed goes on with them.
+
+    Args:
+        settings: those of :class:`~lightning_fgsgd.POMGrouping`, but ``layer_decay``, ``euclidean_lr_factor`` and
+            ``no_weight_decay``, which are of FGSGD's parameter groups.
+
+    Attributes:
+        held: an ``FGSGD`` that takes no step, during a fit and after it: ``held.pom(weight)`` and ``held.distance(weight)``
+            show how the weights are held.
+
+    Raises:
+        TypeError: a setting that there is not.
+        ValueError: a setting that is wrong; those that depend on the model when fitting starts.
+        MisconfigurationException: when fitting starts with an FGSGD, with an optimizer that is not torch's, or with none of
+            the weights that are to be held.
+
+    Example::
+
+        class LitModel(LightningModule):
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+        Trainer(callbacks=[POMProjection(cutting="filter", manifolds=["stiefel"], start="project")])
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        for name in _OF_PARAM_GROUPS:
+            if name in settings:
+                raise TypeError(f"{name}: it is of FGSGD's parameter groups; the optimizer here has its own")
+        self._grouping = POMGrouping(**settings)
+        self.settings = {k: v for k, v in self._grouping.settings.items() if k not in _OF_PARAM_GROUPS}
+        self.held: FGSGD | None = None
+        self._saved: dict[str, Any] | None = None
+        self._hooks: list[Any] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        if stage == "fit":  # what an earlier fit held; a checkpoint is loaded after this
+            self.held = self._saved = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, FGSGD):
+                raise MisconfigurationException(
+                    "POMProjection: an FGSGD holds its weights itself; take POMGrouping, or another optimizer"
+                )
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise MisconfigurationException(
+                    f"POMProjection: {type(optimizer).__name__} is no torch.optim.Optimizer, which calls hooks after a step"
+                )
+        groups = self._grouping.param_groups(pl_module)
+        stepped = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        mine = [p for group in groups for p in group["params"] if p in stepped]
+        if not any(p in groups.plan.weights for p in mine):
+            raise MisconfigurationException(
+                f"POMProjection: the optimizers have none of the {len(groups.plan.weights)} weights that are to be held"
+            )
+        self.held = FGSGD(mine)
+        self.held.constrain(groups.plan)
+        if self._saved is not None:  # weights that were placed just now get back what the checkpoint gave them
+            self.held.load_state_dict(self._saved)
+        for optimizer in trainer.optimizers:
+            self._hooks.append(optimizer.register_step_post_hook(self._project))
+
+    @torch.no_grad()
+    def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        assert self.held is not None
+        poms = self.held.poms
+        mine = [p for group in optimizer.param_groups for p in group["params"] if p in poms]
+        if len(mine) == len(poms):
+            self.held.project()
+        else:  # the others are another optimizer's
+            for p in mine:
+                self.held.project(p)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._unhook()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
+        self._unhook()
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # Copies and checkpoints -----------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": None, "_hooks": []}  # those of a fit are not a copy's
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {} if self.held is None else {"held": self.held.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._saved = state_dict.get("held")
