@@ -59,7 +59,7 @@ def export_timm(module: nn.Module, path: str | Path, attribute: str = "model") -
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with the names that the model's own class has."""
     state: dict[str, Tensor] = dict(model.state_dict())
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for name, held in getattr(module, "parametrizations", {}).items() if is_parametrized(module) else ():
             training = held.training

@@ -102,7 +102,7 @@ class FeatureReader:
     def _hook(self) -> None:
         for module in self._model.modules():
             if keeps_statistics(module):
-                self._handles.append(module.register_forward_pre_hook(self._norm))
+                self._handles.append(module.register_forward_pre_hook(self._norm, with_kwargs=True))
             weights = {attr: p for attr, p in module._parameters.items() if p is not None and p in self._poms}
             if not weights:
                 continue
@@ -116,9 +116,11 @@ class FeatureReader:
             elif isinstance(module, nn.RNNCellBase):
                 self._handles.append(module.register_forward_hook(partial(self._cell, weights), with_kwargs=True))
 
-    def _norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Not only while reading: what is checkpointed has gradients when it runs again, in the backward pass.
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())
+        ):
             self._behind(module)
 
     # What is seen ---------------------------------------------------------------------------------------------------

@@ -146,7 +146,9 @@ class LitClassifier(FGSGDMixin, LightningModule):
     def on_train_start(self) -> None:
         """A checkpoint has the rate of the run that it is of, the last of which is 0; from here on it is this run's."""
         schedule: Any = self.lr_schedulers()
-        rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            return  # a subclass has another
+        rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=False)
         for group, base, factor in rates:
             group["lr"] = base * factor(schedule.last_epoch)
 
@@ -159,6 +161,10 @@ class LitClassifier(FGSGDMixin, LightningModule):
                     f"ckpt_path: the checkpoint was made with {name}={there[name]!r}, this run has "
                     f"{name}={self.hparams[name]!r}; give --model.{name} {there[name]} or another checkpoint"
                 )
+        for schedule in checkpoint.get("lr_schedulers", []):
+            if "T_max" in schedule:  # of CosineAnnealingLR: this class had it once
+                schedule["lr_lambdas"] = [None for _ in schedule["base_lrs"]]
+                del schedule["T_max"], schedule["eta_min"]
 
 
 def _half_cosine(steps: int, step: int) -> float:

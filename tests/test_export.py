@@ -67,6 +67,16 @@ def test_weights_that_are_parametrized_or_pruned_are_written_as_they_come_out(tm
         assert torch.equal(loaded(x), model.eval()(x))
 
 
+def test_a_pruned_layer_that_is_in_two_places_is_written_in_both(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=5)
+    names = set(model.state_dict())
+    model.twin = model.layer1[0].conv1
+    prune.l1_unstructured(model.twin, "weight", 0.3)
+    state = torch.load(export_timm(model, tmp_path / "weights.pt"))
+    assert set(state) == names | {"twin.weight"}
+    assert torch.equal(state["twin.weight"], state["layer1.0.conv1.weight"])
+
+
 @pytest.mark.parametrize("how", ["weight_norm", "spectral_norm"])
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*:FutureWarning")
 def test_weights_under_the_older_norms_are_named_with_what_to_do(tmp_path, how):

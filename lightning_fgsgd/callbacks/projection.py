@@ -13,6 +13,10 @@ from lightning_fgsgd.optimizer import FGSGD
 __all__ = ["POMProjection"]
 
 _OF_PARAM_GROUPS = ("layer_decay", "euclidean_lr_factor", "no_weight_decay")
+_NOT_HERE = {
+    **dict.fromkeys(_OF_PARAM_GROUPS, "it is of FGSGD's parameter groups; the optimizer here has its own"),
+    "verbose": "print describe(projection.held) when fitting has started",
+}
 
 
 class POMProjection(Callback):
@@ -26,8 +30,8 @@ class POMProjection(Callback):
     they are. A checkpoint has the index sets and the Gram information; a fit that is resumed goes on with them.
 
     Args:
-        settings: those of :class:`~lightning_fgsgd.POMGrouping`, but ``layer_decay``, ``euclidean_lr_factor`` and
-            ``no_weight_decay``, which are of FGSGD's parameter groups.
+        settings: those of :class:`~lightning_fgsgd.POMGrouping`, but ``verbose``, and ``layer_decay``,
+            ``euclidean_lr_factor`` and ``no_weight_decay``, which are of FGSGD's parameter groups.
 
     Attributes:
         held: an ``FGSGD`` that takes no step, during a fit and after it: ``held.pom(weight)`` and ``held.distance(weight)``
@@ -49,9 +53,9 @@ class POMProjection(Callback):
     """
 
     def __init__(self, **settings: Any) -> None:
-        for name in _OF_PARAM_GROUPS:
+        for name, why in _NOT_HERE.items():
             if name in settings:
-                raise TypeError(f"{name}: it is of FGSGD's parameter groups; the optimizer here has its own")
+                raise TypeError(f"{name}: {why}")
         self._grouping = POMGrouping(**settings)
         self.settings = {k: v for k, v in self._grouping.settings.items() if k not in _OF_PARAM_GROUPS}
         self.held: FGSGD | None = None
@@ -84,6 +88,8 @@ class POMProjection(Callback):
         if self._saved is not None:  # weights that were placed just now get back what the checkpoint gave them
             self.held.load_state_dict(self._saved)
         for optimizer in trainer.optimizers:
+            # One that was not made by Optimizer.__init__ (timm's Lookahead) would call no hook before its first zero_grad.
+            optimizer._patch_step_function()
             self._hooks.append(optimizer.register_step_post_hook(self._project))
 
     @torch.no_grad()
@@ -118,3 +124,5 @@ class POMProjection(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._saved = state_dict.get("held")
+        if self.held is not None and self._saved is not None:  # strategies that restore when all is set up
+            self.held.load_state_dict(self._saved)

@@ -172,20 +172,21 @@ def _mend(folder: Path) -> list[dict[str, str]]:
 
     That is a line without an end, and what other files have of a run whose row, which is written last, is not there.
     """
-    for path in folder.glob("*.csv"):
+    ours = [folder / f"{name}.csv" for name in ("runs", "curves", *EPOCH_MEASURED)]
+    for path in filter(Path.is_file, ours):
         written = path.read_bytes()
         whole = written[: written.rfind(b"\n") + 1]
-        if whole != written:
+        if not whole:
+            path.unlink()  # with its header gone
+        elif whole != written:
             path.write_bytes(whole)
     rows = _read(folder / "runs.csv")
-    done = {row["key"] for row in rows}
-    for path in folder.glob("*.csv"):
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines[1:] if line.partition(",")[0] in done]
-        if len(kept) < len(lines) - 1:
-            path.write_text("".join(lines[:1] + kept))
-        elif not lines:
-            path.unlink()  # with its header gone
+    done = {row["key"].encode() for row in rows}
+    for path in filter(Path.is_file, ours[1:]):
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines[1:] if line.partition(b",")[0] in done]
+        if rows and len(kept) < len(lines) - 1:
+            path.write_bytes(b"".join(lines[:1] + kept))
     return rows
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from timm.optim import Lookahead
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -81,6 +83,39 @@ def test_a_fit_that_is_resumed_ends_bit_for_bit_as_one_that_was_not(tmp_path, st
     assert torch.load(path, weights_only=True)
     with pytest.warns(UserWarning, match="are those of the checkpoint"):  # and not of another seed
         run(tmp_path / "other", 3, path, seed=4)
+
+
+@pytest.mark.parametrize("start", ["preserve", "random"])
+def test_a_strategy_that_restores_when_all_is_set_up_goes_on_with_what_was_held(tmp_path, start):
+    class Late(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    first = trainer(tmp_path, POMProjection(start=start), max_epochs=2)
+    first.fit(Adam(), loader())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    ends = []
+    for options in ({}, {"strategy": Late(torch.device("cpu"))}):
+        callback, module = POMProjection(start=start), Adam()
+        fit = trainer(tmp_path, callback, max_epochs=3, **options)
+        fit.fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+        assert max(callback.held.distance(p) for p in callback.held.poms) < 1e-5
+        ends.append([p.detach() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_an_optimizer_that_wraps_another_is_followed_from_its_first_step(tmp_path):
+    class Ahead(LitBase):
+        def configure_optimizers(self):
+            return Lookahead(torch.optim.SGD(self.parameters(), lr=0.1))
+
+    class Steps(Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(max(callback.held.distance(p) for p in callback.held.poms))
+
+    seen, callback = [], POMProjection(start="project")
+    trainer(tmp_path, callback, Steps(), max_epochs=1).fit(Ahead(), loader())
+    assert len(seen) == 4
+    assert max(seen) < 1e-5
 
 
 def test_a_new_fit_begins_anew_after_one_that_was_resumed(tmp_path):
@@ -163,6 +198,8 @@ def test_frozen_weights_stay_as_they_are(tmp_path):
 def test_what_it_cannot_do_is_said(tmp_path):
     with pytest.raises(TypeError, match=r"layer_decay: it is of FGSGD's parameter groups"):
         POMProjection(layer_decay=0.5)
+    with pytest.raises(TypeError, match=r"verbose: print describe\(projection\.held\)"):
+        POMProjection(verbose=True)
     with pytest.raises(ValueError, match="manifolds: unknown manifold 'cube'"):
         POMProjection(manifolds=["cube"])
     with pytest.raises(MisconfigurationException, match="an FGSGD holds its weights itself"):

@@ -224,6 +224,19 @@ def test_frozen_norms_that_are_a_child_of_their_own_hold_radii(tmp_path, held_tw
     assert (fit.optimizers[0].pom(module.model.linear.weight).radius == 1).all()
 
 
+def test_a_frozen_norm_that_is_called_by_keyword_holds_radii(tmp_path):
+    class ByKeyword(FrozenNorms):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.model.norm = self.model.norm, nn.Identity()
+            self.model.up[1] = nn.Identity()
+            self.model.norm.register_forward_hook(lambda module, args, out: self.norm(input=out))
+
+    fit = trainer(tmp_path, POMGrouping(start="preserve"), FeatureStdRescaling(every_n_batches=1), max_epochs=3)
+    with pytest.warns(UserWarning, match="all batch norms are frozen"):
+        fit.fit(ByKeyword(), loader())
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_frozen_norms_behind_what_is_trained_hold_radii_wherever_they_are(tmp_path, apart):
     class Adapted(FrozenNorms):

@@ -138,7 +138,9 @@ def test_a_row_that_was_cut_off_is_run_again_and_leaves_no_trace(tmp_path, left)
     first = whole[: whole.rstrip().rfind("\n") + 1]
     table.write_text(first + whole[len(first) :][:left])
     curves.write_text(curves.read_text()[:-5])
+    (tmp_path / "small" / "notes.csv").write_text("arm,remark\nSGD,mine")  # somebody's own
     main(experiment(tmp_path, arms, common=common, seeds=[0, 1, 2]), output=str(tmp_path), workers=1)
+    assert (tmp_path / "small" / "notes.csv").read_text() == "arm,remark\nSGD,mine"
     rows, epochs = rows_of(tmp_path), rows_of(tmp_path, "curves.csv")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
     assert table.read_text().startswith(first)

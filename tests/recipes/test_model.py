@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -188,3 +191,17 @@ def test_frozen_norms_keep_their_statistics_over_epochs_with_validation(tmp_path
     assert int(module.model.bn1.num_batches_tracked) == (0 if freeze else 6)
     radius = fit.optimizers[0].pom(module.model.layer1[0].conv1.weight).radius
     assert bool((radius == 1).all()) == freeze
+
+
+def test_the_schedule_of_an_earlier_version_goes_on_along_the_half_cosine():
+    module = LitClassifier("test_resnet", pretrained=False)
+    module.trainer = SimpleNamespace(estimated_stepping_batches=8)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    earlier = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+    checkpoint = {"lr_schedulers": [earlier.state_dict() | {"last_epoch": 3}]}
+    module.on_load_checkpoint(checkpoint)
+    schedule = module.configure_lr_scheduler(optimizer)["scheduler"]
+    schedule.load_state_dict(checkpoint["lr_schedulers"][0])
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 + math.cos(math.pi * 4 / 8)) / 2)
