@@ -47,7 +47,7 @@ class FinetuneCLI(LightningCLI):
         """Refuse a checkpoint of another architecture, and options that one replaces; say what else it replaces."""
         command = self.config["subcommand"]
         found = self.config[command]["model"]
-        replaced = {name: found[name] for name in self.asked if found[name] != self.asked[name]}
+        replaced = {name: found[name] for name in self.asked if repr(found[name]) != repr(self.asked[name])}
         if "model" in replaced:
             raise ValueError(
                 f"ckpt_path: the checkpoint was made with model={found['model']!r}, this run has "

@@ -53,6 +53,7 @@ def test_a_precision_that_is_set_for_all_can_be_changed_for_all_after_a_step(own
     matmul = torch.backends.cuda.matmul
     layer = nn.Linear(8, 8)
     layer.weight.grad = torch.randn(8, 8)
+    matmul.fp32_precision = "none"  # other tests leave it at what set_float32_matmul_precision("highest") sets
     (matmul if own else torch.backends).fp32_precision = "tf32"
     try:
         FGSGD(pom_param_groups(layer), lr=0.1).step()
