@@ -46,7 +46,7 @@ def _exact_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    rounded = [(b, _own(b)) for b in new if b.fp32_precision not in ("ieee", "none")]
+    rounded = [(b, _unset(b)) for b in new if b.fp32_precision not in ("ieee", "none")]
     for b, _ in rounded:
         b.fp32_precision = "ieee"
     try:
@@ -56,8 +56,8 @@ def _exact_products() -> Iterator[None]:
             b.fp32_precision = own
 
 
-def _own(backend: Any) -> str:
-    """What is set for a backend itself: "none" where the precision that it tells is one for all, which may change later."""
+def _unset(backend: Any) -> str:
+    """Unset a backend's own precision; what it was: "none" where it told the one for all, which may change later."""
     precision: str = backend.fp32_precision
     backend.fp32_precision = "none"
     return "none" if backend.fp32_precision == precision else precision
