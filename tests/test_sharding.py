@@ -19,6 +19,7 @@ from lightning_fgsgd import (
     FGSGDMixin,
     NormBoundMonitor,
     POMGrouping,
+    POMProjection,
     describe,
     pom_param_groups,
 )
@@ -275,14 +276,13 @@ class Lit(FGSGDMixin, LightningModule):
         return cross_entropy(self.model(batch[0]), batch[1])
 
 
-def fit(folder, epochs, strategy="auto", devices=1, **options):
-    rescaling, monitor = FeatureStdRescaling(every_n_batches=1), NormBoundMonitor(samples=24)
+def fitted(module, callbacks, folder, epochs, strategy="auto", devices=1, **options):
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         max_epochs=epochs,
-        callbacks=[POMGrouping(), rescaling, monitor],
+        callbacks=callbacks,
         use_distributed_sampler=False,
         default_root_dir=folder,
         logger=False,
@@ -290,8 +290,13 @@ def fit(folder, epochs, strategy="auto", devices=1, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Lit()
     trainer.fit(module, **options)
+    return trainer
+
+
+def fit(*args, **options):
+    rescaling, monitor, module = FeatureStdRescaling(every_n_batches=1), NormBoundMonitor(samples=24), Lit()
+    trainer = fitted(module, [POMGrouping(), rescaling, monitor], *args, **options)
     return trainer, {
         "weights": weights(module),
         "history": {
@@ -314,14 +319,14 @@ def parallel(distributed, devices=2):
     )
 
 
-def save(rank, folder):
+def save(rank, folder, fit=fit):
     for distributed in (True, False):
         trainer, found = fit(folder, 3, parallel(distributed), devices=2)
         trainer.save_checkpoint(folder / f"{distributed}.ckpt")
     return found
 
 
-def resume(rank, folder, devices):
+def resume(rank, folder, devices, fit=fit):
     resumed = {}
     for distributed in (True, False):
         options = {"ckpt_path": folder / f"{distributed}.ckpt", "weights_only": False}
@@ -352,3 +357,32 @@ def test_a_fit_with_model_parallel_strategy_is_that_of_one_process_and_is_resume
             check(resumed[False], five_epochs)
     # A checkpoint that is not distributed needs no strategy at all.
     check(fit(tmp_path, 5, ckpt_path=tmp_path / "False.ckpt", weights_only=False)[1], five_epochs)
+
+
+class Adam(Lit):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def held(*args, **options):
+    callback, module = POMProjection(), Adam()
+    trainer = fitted(module, [callback], *args, **options)
+    return trainer, {"weights": weights(module), "distance": max(map(callback.held.distance, callback.held.poms))}
+
+
+@fsdp2
+@pytest.mark.slow
+def test_weights_that_another_optimizer_steps_are_held_as_in_one_process_and_resumed_by_one_or_two(tmp_path):
+    def check(found, alone):
+        assert most(found["weights"], alone["weights"]) < 1e-5
+        assert found["distance"] < 1e-5
+
+    _, three_epochs = held(tmp_path, 3)
+    for found in processes.run(tmp_path, save, 2, held):
+        check(found, three_epochs)
+    _, five_epochs = held(tmp_path, 5)
+    assert most(five_epochs["weights"], three_epochs["weights"]) > 1e-2
+    for devices in (2, 1):
+        for resumed in processes.run(tmp_path, resume, devices, devices, held):
+            check(resumed[True], five_epochs)
+            check(resumed[False], five_epochs)
