@@ -228,6 +228,31 @@ BASELINES: dict[str, Callable[..., Optimizer]] = {
 }
 
 
+def split_off_the_rest(net: nn.Module, optimizer: Optimizer) -> None:
+    """Put what FG-SGD leaves unconstrained (head, norms, biases) into groups of its own, named as FG-SGD's are.
+
+    A baseline can then have two learning rates where FG-SGD has: ``lr_factor`` of such a group says by what ``layer_decay``
+    multiplies its rate.
+    """
+    weights = {p for layer in constrainable(net) for p in weights_of(layer)}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        factor = group["lr"] / optimizer.defaults["lr"]
+        rest = {"name": f"euclidean {len(groups)}", "lr_factor": factor}
+        for held, more in ((True, {}), (False, rest)):
+            params = [p for p in group["params"] if (p in weights) == held]
+            if params:
+                groups.append({**group, "params": params, **more})
+    optimizer.param_groups[:] = groups
+
+
+def weights_of(layer: Any) -> list[Tensor]:
+    """The parameters that a layer's weight is: itself, or what it is computed from where it is parametrized."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return list(layer.parametrizations.weight.parameters())
+    return [layer.weight]
+
+
 def head_of(net: nn.Module) -> nn.Module:
     """The classifier of a timm model."""
     return net.get_classifier()  # type: ignore[operator]

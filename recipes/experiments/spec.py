@@ -224,7 +224,7 @@ def choose(spec: Mapping[str, Any], arm: str, rows: Iterable[Mapping[str, Any]])
     if keep:
         share = means[least][0] / 100
         within = means[least][0] + 100 * math.sqrt(share * (1 - share) * len(points) / images)
-        least = max((p for p in means if means[p][0] <= within), key=lambda point: means[point][1])
+        least = max((p for p in means if means[p][0] <= within), key=lambda point: (means[point][1], -means[point][0]))
     return dict(json.loads(least))
 
 

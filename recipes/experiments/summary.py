@@ -143,7 +143,7 @@ def tuned(rows: Sequence[Row], spec: Mapping[str, Any]) -> list[Row]:
     Returns:
         ``arm``, ``grid``, the number of ``runs`` that there are; and once it is decided ``chosen``, its mean ``val_error``
         (with the experiment's ``keep``, its mean of that too), and ``edges``, the options whose choice is the first or last
-        of three values or more.
+        of several values.
     """
     table = []
     found = {row["key"]: row for row in rows if row["stage"] == "tune"}
@@ -160,7 +160,7 @@ def tuned(rows: Sequence[Row], spec: Mapping[str, Any]) -> list[Row]:
             for name in ("val_error", spec.get("keep")):
                 if name:
                     row[name] = fmean(run[name] for run in here)
-            row["edges"] = [n for n, v in chosen.items() if len(grid[n]) > 2 and v in (grid[n][0], grid[n][-1])]
+            row["edges"] = [n for n, v in chosen.items() if len(grid[n]) > 1 and v in (grid[n][0], grid[n][-1])]
         table.append(row)
     return table
 

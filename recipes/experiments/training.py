@@ -29,7 +29,7 @@ from recipes.experiments.choices import momentum_left_behind, rates_by_manifold
 from recipes.experiments.conditioning import Conditioning
 from recipes.experiments.data import Task
 from recipes.experiments.forgetting import Forgetting, photographs
-from recipes.experiments.methods import BASELINES, head_of
+from recipes.experiments.methods import BASELINES, head_of, split_off_the_rest
 from recipes.experiments.networks import build
 from recipes.experiments.turning import Turning
 
@@ -68,8 +68,8 @@ class Classifier(FGSGDMixin, LightningModule):
             follows turns by an angle that goes as the square root of the learning rate (Kosson et al. 2024), on a sphere
             as the rate itself.
         constrained_power: that it is taken to for the weights that FG-SGD constrains, if it is another.
-        euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another; that of the last
-            layer, with ``layer_decay``.
+        euclidean_lr: learning rate of the parameters that FG-SGD leaves unconstrained, if it is another, under any method;
+            that of the last layer, with ``layer_decay``.
         frozen_norms: batch norm keeps its running statistics while training.
         pull: strength of a pull of all parameters but the head's towards where they started: L2-SP's penalty
             pull/2 · ‖w − w⁰‖² in the loss, for any method.
@@ -94,6 +94,8 @@ class Classifier(FGSGDMixin, LightningModule):
         super().__init__()
         if constrained_power is not None and method != "fgsgd":
             raise ValueError(f"constrained_power: {method!r} constrains nothing; give power, which is for all weights")
+        if euclidean_lr is not None and method == "muon":
+            raise ValueError("euclidean_lr: of 'muon' it is adamw_lr")
         self.net = net
         self.method = method
         self.options = options
@@ -159,6 +161,8 @@ class Classifier(FGSGDMixin, LightningModule):
         if self.method == "fgsgd":
             return super().configure_optimizers()
         optimizer = BASELINES[self.method](self.net, **self.options)
+        if self.euclidean_lr is not None:
+            split_off_the_rest(self.net, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": self.configure_lr_scheduler(optimizer)}
 
     def configure_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:

@@ -188,6 +188,17 @@ def test_the_choice_of_a_grid_is_told_with_its_edge(folder):
     assert "lr 0.4 (an end of its grid)" in (write(folder, SPEC)[0]).read_text()
 
 
+@pytest.mark.parametrize(("rates", "edges"), [([0.1], []), ([0.1, 0.2], ["lr"]), ([0.1, 0.2, 0.4], [])])
+def test_either_value_of_two_is_an_end_and_one_alone_is_not(tmp_path, rates, edges):
+    spec = {**SPEC, "arms": {"SGD": {"method": "sgd", "grid": {"lr": rates}}}}
+    errors = [2, 1, 3][: len(rates)]
+    write_rows(
+        tmp_path,
+        [row("tune", "SGD", 100, e, key=run.key) for e, run in zip(errors, tuning_runs(spec, "SGD"), strict=True)],
+    )
+    assert tuned(read(tmp_path), spec)[0]["edges"] == edges
+
+
 def test_what_is_kept_is_compared_by_seed_with_the_reference_and_with_what_else_is_asked_for(tmp_path):
     spec = {**SPEC, "against": ["Sp"]}
     tune = [row("tune", "SGD", 100, error, key=key) for key, error in TUNED.items()]

@@ -242,6 +242,42 @@ def test_with_rates_that_fall_towards_the_input_so_does_that_of_the_unconstraine
         assert seen[name] == pytest.approx(whole * factor, rel=5e-3), name
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("sgd", {}),
+        ("sgd", {"decay": "head", "weight_decay": 0.3, "layer_decay": 0.5}),
+        ("l2sp", {"alpha": 0.5, "layer_decay": 0.5}),
+        ("weight_norm", {}),
+        ("geoopt_stiefel", {"weight_decay": 0.3}),
+        ("adamw", {}),
+    ],
+)
+def test_of_a_baseline_too_what_fgsgd_leaves_unconstrained_can_have_a_learning_rate_of_its_own(watched, method, more):
+    seen = {}
+
+    def look(trainer):
+        module, groups = trainer.lightning_module, trainer.optimizers[0].param_groups
+        names = {p: name for name, p in module.net.named_parameters()}
+        seen.update({names[p]: (g["lr"], g.get("weight_decay", 0.0)) for g in groups for p in g["params"]})
+        assert len(seen) == len(names) == sum(len(g["params"]) for g in groups)
+
+    watched(before_batch=look)
+    config = {**SMALL, "epochs": 1, "method": method, "warmup": 0.0, **more}
+    train({**config, "lr": 0.4}, 0, test=False, root="")
+    one = dict(seen)
+    train({**config, "lr": 0.4, "euclidean_lr": 0.1}, 0, test=False, root="")
+    kernels = {name for name in seen if "conv" in name or "downsample.0" in name}
+    assert 0 < len(kernels) < len(seen)
+    for name, (rate, decay) in one.items():  # the factors of layer_decay and the decays stay as they are
+        assert seen[name] == (pytest.approx(rate if name in kernels else rate / 4), decay), name
+
+
+def test_of_muon_it_is_adamws_rate():
+    with pytest.raises(ValueError, match="euclidean_lr: of 'muon' it is adamw_lr"):
+        train({**SMALL, "method": "muon", "lr": 0.02, "euclidean_lr": 0.1}, 0, test=False, root="")
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_norms_keep_the_statistics_that_they_had(watched, frozen):
     kept = []

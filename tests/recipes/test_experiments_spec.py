@@ -63,6 +63,8 @@ def test_with_keep_the_point_that_forgets_least_within_a_standard_error_is_what_
     assert chosen([20, 21, 22, 22.1], [1, 5, 7, 9]) == {"lr": 0.2, "data.size": 8}
     assert chosen([20, 22.1, 23, 24], [1, 5, 7, 9]) == {"lr": 0.1, "data.size": 8}
     assert chosen([20, "nan", 21.9, 20], [1, "", 3, 2]) == {"lr": 0.2, "data.size": 8}
+    # Of points that keep as much (a head alone that is trained keeps all) it is the one that makes fewest errors.
+    assert chosen([21, 20, 20.5, 30], [100, 100, 100, 100]) == {"lr": 0.1, "data.size": 16}
     with pytest.raises(ValueError, match="keep: 'agreement' was not measured in the runs of 'SGD'"):
         chosen([20, 21, 22, 23], [""] * 4)
     # Of two seeds there are twice as many images: √(0.2 * 0.8 / 800) = 1.41 %.
