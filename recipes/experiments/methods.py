@@ -232,7 +232,10 @@ def split_off_the_rest(net: nn.Module, optimizer: Optimizer) -> None:
     """Put what FG-SGD leaves unconstrained (head, norms, biases) into groups of its own, named as FG-SGD's are.
 
     A baseline can then have two learning rates where FG-SGD has: ``lr_factor`` of such a group says by what ``layer_decay``
-    multiplies its rate.
+    multiplies its rate. All that a weight is computed from (weight normalisation's g and v) counts as the weight.
+
+    Raises:
+        ValueError: nothing but the rest is trained, and its rate would be the only one.
     """
     weights = {p for layer in constrainable(net) for p in weights_of(layer)}
     groups: list[dict[str, Any]] = []
@@ -243,6 +246,8 @@ def split_off_the_rest(net: nn.Module, optimizer: Optimizer) -> None:
             params = [p for p in group["params"] if (p in weights) == held]
             if params:
                 groups.append({**group, "params": params, **more})
+    if all("lr_factor" in group for group in groups):
+        raise ValueError("euclidean_lr: nothing is trained but what it is for; give lr alone")
     optimizer.param_groups[:] = groups
 
 

@@ -278,6 +278,11 @@ def test_of_muon_it_is_adamws_rate():
         train({**SMALL, "method": "muon", "lr": 0.02, "euclidean_lr": 0.1}, 0, test=False, root="")
 
 
+def test_a_rate_of_its_own_for_all_that_is_trained_is_refused():
+    with pytest.raises(ValueError, match="euclidean_lr: nothing is trained but what it is for; give lr alone"):
+        train({**SMALL, "method": "sgd", "lr": 0.02, "euclidean_lr": 0.1, "head_alone": True}, 0, test=False, root="")
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_norms_keep_the_statistics_that_they_had(watched, frozen):
     kept = []
