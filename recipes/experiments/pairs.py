@@ -1,9 +1,12 @@
-"""Print how all arms of an experiment differ from any one of them, paired by seed, with 95 % intervals.
+r"""Print how all arms of an experiment differ from any one of them, paired by seed, with 95 % intervals.
 
     python -m recipes.experiments.pairs recipes/configs/experiments/frozen_10.yaml "L2-SP, layer decay, head decayed"
     python -m recipes.experiments.pairs recipes/configs/experiments/frozen_10.yaml SGD --seeds "[5, 6, 7, 8, 9]"
+    python -m recipes.experiments.pairs recipes/configs/experiments/frozen_50.yaml SGD \
+        --other recipes/configs/experiments/accuracy_50.yaml
 
-The report has these differences for the experiment's reference, and for the arms that it names in ``against``.
+The last one is of the arms of one experiment beside an arm of another on the same images. The report has these differences
+for the experiment's reference, and for the arms that it names in ``against``.
 """
 
 from __future__ import annotations
@@ -15,22 +18,41 @@ from recipes.experiments.spec import asked_for, load
 from recipes.experiments.summary import finals, read
 
 
-def main(experiment: str, arm: str, seeds: list[int] | None = None, output: str = "docs/experiments") -> str:
+def main(
+    experiment: str,
+    arm: str,
+    seeds: list[int] | None = None,
+    other: str | None = None,
+    output: str = "docs/experiments",
+) -> str:
     """The table, in Markdown.
 
     Args:
         experiment: the YAML file of an experiment that has been run.
         arm: that the others are compared with.
         seeds: those to compare on; all that two arms share by default.
+        other: the YAML file of another experiment that ``arm`` is of, on the same data.
         output: folder of all experiments.
 
     Raises:
-        ValueError: an arm that the experiment does not have, a seed of which it has no run, or nothing to compare it with.
+        ValueError: an arm that the experiment does not have, a seed of which it has no run, another experiment on other
+            data, or nothing to compare it with.
     """
     spec = load(experiment)
-    if arm not in spec["arms"]:
-        raise ValueError(f"arm: {spec['name']} has no arm {arm!r}; choose from {', '.join(map(repr, spec['arms']))}")
+    its = spec if other is None else load(other)
+    if arm not in its["arms"]:
+        raise ValueError(f"arm: {its['name']} has no arm {arm!r}; choose from {', '.join(map(repr, its['arms']))}")
     rows = asked_for(spec, read(Path(output) / spec["name"]))
+    if other is not None:
+        theirs = [row for row in asked_for(its, read(Path(output) / its["name"])) if row["arm"] == arm]
+        arm = f"{arm} of {its['name']}"
+        if rows and theirs and rows[0]["config"]["data"] != theirs[0]["config"]["data"]:
+            ours = spec["name"]
+            raise ValueError(
+                f"other: {its['name']} is on other data than {ours}: give one with {rows[0]['config']['data']}"
+            )
+        rows += [{**row, "arm": arm} for row in theirs]
+        spec = {**spec, "arms": {**spec["arms"], arm: {}}}
     if seeds is not None:
         run = finals(rows, arm)
         if missing := [seed for seed in seeds if seed not in run]:

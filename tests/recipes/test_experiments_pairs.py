@@ -11,9 +11,10 @@ CONFIG = str(ROOT / "recipes" / "configs" / "experiments" / "digits_all.yaml")
 L2SP, FILTERS = "L2-SP, head decayed", "Filters Sp, a group each, head alone decayed, chosen to keep"
 
 
-def by_seed(arm, column):
-    with (DOCS / "experiments" / "digits_all" / "runs.csv").open(newline="") as file:
-        return {int(r["seed"]): float(r[column]) for r in csv.DictReader(file) if r["arm"] == arm}
+def by_seed(arm, column, experiment="digits_all"):
+    with (DOCS / "experiments" / experiment / "runs.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["arm"] == arm and r["stage"] == "final"]
+    return {int(r["seed"]): float(r[column]) for r in rows}
 
 
 def told(seeds, column, digits):
@@ -56,3 +57,23 @@ def test_an_arm_that_is_not_there_and_one_that_cannot_be_paired_are_refused(tmp_
         main(CONFIG, "SGD", seeds=[0, 1, 99], output=str(DOCS / "experiments"))
     with pytest.raises(ValueError, match="arm: no other arm shares two runs with 'SGD' in "):
         main(CONFIG, "SGD", output=str(tmp_path))
+
+
+def test_an_arm_of_another_experiment_on_the_same_images_is_compared_by_seed():
+    configs = ROOT / "recipes" / "configs" / "experiments"
+    ours, output = str(configs / "frozen_50.yaml"), str(DOCS / "experiments")
+    table = main(ours, "SGD", other=str(configs / "accuracy_50.yaml"), output=output)
+    assert table.startswith("Differences to SGD of accuracy_50, 95 % intervals:")
+    filters, sgd = by_seed(FILTERS, "test_error", "frozen_50"), by_seed("SGD", "test_error", "accuracy_50")
+    shared = sorted(set(filters) & set(sgd))
+    told = stats.ttest_rel([filters[s] for s in shared], [sgd[s] for s in shared]).confidence_interval(0.95)
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {FILTERS} |"))
+    assert f"{told.low:+.2f} to {told.high:+.2f}" in line
+    assert line.endswith(f"| {len(shared)} |")
+    assert "| SGD |" in table, "the experiment's own arm of that name is another"
+    with pytest.raises(
+        ValueError, match=r"frozen_200 is on other data than frozen_50: give one with .*'per_class': 50"
+    ):
+        main(ours, "SGD", other=str(configs / "frozen_200.yaml"), output=output)
+    with pytest.raises(ValueError, match="arm: accuracy_50 has no arm 'Head alone'"):
+        main(ours, "Head alone", other=str(configs / "accuracy_50.yaml"), output=output)
