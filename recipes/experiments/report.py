@@ -55,6 +55,7 @@ def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
     parts = [f"# {spec['name']}", _origin(spec, rows)]
     if summary:
         parts += ["## Test error", table(summary, spec), paper_table(summary, spec)]
+        parts += ["## What training came to", training_table(summary)]
     against = tuple(spec.get("against", ()))
     if any(isinstance(row["agreement"], float) for row in rows):
         parts += ["## What is forgotten", forgetting_table(summary)]
@@ -118,6 +119,21 @@ def paper_table(summary: Sequence[Row], spec: Mapping[str, Any]) -> str:
     ]
     note = "The same by manifolds and scheme, test error in % (number of seeds):\n\n"
     return note + _markdown(["", *columns], lines) if lines else ""
+
+
+def training_table(summary: Sequence[Row]) -> str:
+    """How well each arm fits its training images, and how long it takes."""
+    lines = [
+        [row["arm"], _spread(row, "train_loss"), f"{row['seconds']:.0f}", str(len(row["seeds"]))]
+        for row in summary
+        if row["seeds"]
+    ]
+    note = (
+        "Training loss, the mean of the last epoch's batches, and the median of the seconds that training and validation "
+        "took. Runs went side by side, at times beside other work or on another machine: seconds tell of large differences "
+        "only.\n\n"
+    )
+    return note + _markdown(["arm", "training loss", "seconds", "seeds"], lines)
 
 
 def forgetting_table(summary: Sequence[Row]) -> str:
@@ -278,7 +294,7 @@ def _spread(row: Row, name: str) -> str:
 
 
 def _digits(name: str) -> int:
-    return 3 if name in ("divergence", "drift", "drift_task") else 2
+    return 3 if name in ("train_loss", "divergence", "drift", "drift_task") else 2
 
 
 def _short(value: Any) -> str:

@@ -109,10 +109,10 @@ def summarise(rows: Sequence[Row], spec: Mapping[str, Any], metric: str = "test_
 
     Returns:
         ``arm``; ``seeds``, those that ended; ``diverged``, those that did not; mean and standard deviation (ddof 1) of
-        ``val_error``, ``test_error`` and what there is of :data:`FORGETTING` over the seeds that ended, as ``<name>_mean``
-        and ``<name>_std``; and against the reference arm, over the seeds that both ended, ``shared`` (their number),
-        ``difference`` (mean, in the metric's unit), ``low``, ``high`` (95 % interval of it) and ``relative`` (of the
-        reference's mean, in %).
+        ``val_error``, ``test_error``, ``train_loss`` and what there is of :data:`FORGETTING` over the seeds that ended, as
+        ``<name>_mean`` and ``<name>_std``; the median of their ``seconds``; and against the reference arm, over the seeds
+        that both ended, ``shared`` (their number), ``difference`` (mean, in the metric's unit), ``low``, ``high`` (95 %
+        interval of it) and ``relative`` (of the reference's mean, in %).
     """
     reference = _ended(finals(rows, spec["reference"]), metric)
     table = []
@@ -122,7 +122,8 @@ def summarise(rows: Sequence[Row], spec: Mapping[str, Any], metric: str = "test_
             continue
         runs = _ended(all_runs, metric)
         row: Row = {"arm": arm, "seeds": sorted(runs), "diverged": sorted(set(all_runs) - set(runs))}
-        for name in ("val_error", "test_error", *FORGETTING):
+        row["seconds"] = median([run["seconds"] for run in runs.values()] or [math.nan])
+        for name in ("val_error", "test_error", "train_loss", *FORGETTING):
             values = [run[name] for run in runs.values() if isinstance(run[name], float)]
             row[f"{name}_mean"] = fmean(values) if values else math.nan
             row[f"{name}_std"] = stdev(values) if len(values) > 1 else math.nan

@@ -138,6 +138,21 @@ def test_a_difference_over_fewer_seeds_than_the_mean_says_over_how_many(tmp_path
     assert pi == "| PI | 9.00 |  |  |  | 9.00 | 1 (1 diverged, 0 shared) |"
 
 
+def test_the_fit_and_the_time_of_an_arm_are_of_the_runs_that_ended(tmp_path):
+    told = {"SGD": [(0.31, 50), (0.29, 70), (0.33, 60)], "Sp": [(0.2, 80), (0.24, 90), ("nan", 3)]}
+    errors = {"SGD": [12.0, 11.0, 13.0], "Sp": [11.0, 12.0, "nan"]}
+    rows = [
+        row("final", arm, seed, errors[arm][seed], train_loss=loss, seconds=seconds)
+        for arm, runs in told.items()
+        for seed, (loss, seconds) in enumerate(runs)
+    ]
+    write_rows(tmp_path, rows + [row("tune", "SGD", 100, error, key=key) for key, error in TUNED.items()])
+    write(tmp_path, SPEC)
+    report = (tmp_path / "report.md").read_text()
+    assert "| SGD | 0.310 ± 0.020 | 60 | 3 |" in report
+    assert "| Sp | 0.220 ± 0.028 | 85 | 2 |" in report
+
+
 def test_the_papers_layout_has_one_cell_an_arm_that_asks_for_it(folder):
     lines = paper_table(summarise(read(folder), SPEC), SPEC).splitlines()[2:]
     assert lines[0] == "|  | alone | PI | PO | PIO |"
