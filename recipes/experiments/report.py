@@ -34,7 +34,7 @@ MEASURED = {
     "drift": "drift, photographs",
     "drift_task": "drift, task",
 }
-PAIRED = ("agreement", "agreement_recalibrated", "drift", "drift_task")
+PAIRED = ("agreement", "agreement_recalibrated", "divergence", "drift", "drift_task")
 
 
 def write(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
