@@ -1,10 +1,11 @@
 import re
+from statistics import correlation
 
 import pytest
 
 from recipes.experiments import report
 from recipes.experiments.spec import final_runs, load, tuning_runs
-from recipes.experiments.summary import read
+from recipes.experiments.summary import read, summarise
 from tests.pages import DOCS, ROOT
 
 CONFIGS = sorted((ROOT / "recipes" / "configs" / "experiments").glob("*.yaml"))
@@ -105,3 +106,13 @@ def test_every_experiment_that_was_run_is_on_a_page_with_its_config():
     for path in RUN:
         assert f"({path.stem}/report.md)" in text
         assert f"(../../recipes/configs/experiments/{path.stem}.yaml)" in text
+
+
+@pytest.mark.parametrize("name", ["full_kernels", "scratch_10"])
+def test_fit_and_error_go_together_over_the_arms_as_the_page_says(name):
+    spec = load(ROOT / "recipes" / "configs" / "experiments" / f"{name}.yaml")
+    rows = [row for row in summarise(read(DOCS / "experiments" / name), spec) if row["seeds"]]
+    found = correlation([row["train_loss_mean"] for row in rows], [row["test_error_mean"] for row in rows])
+    (line,) = (line for page in PAGES for line in page.splitlines() if "correlation" in line and f"[{name}](" in line)
+    assert f"over the {len(rows)} " in line
+    assert f"{found:.2f}" in line
