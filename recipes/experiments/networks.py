@@ -30,7 +30,7 @@ def build(
         pretrained: as in :class:`recipes.model.LitClassifier`.
         gains: a learnable gain for each output channel of every layer but the head, see :func:`with_gains`.
         placed: options of :func:`~lightning_fgsgd.pom_param_groups`: weights begin where FG-SGD would place them, under
-            any method: it tells what a start is worth from what the manifolds are.
+            any method, so that what the start is worth can be told from what the manifolds are.
         options: of :func:`cifar_resnet`, or of ``timm.create_model``; from scratch, images have one channel (``in_chans``).
     """
     if placed is not None:

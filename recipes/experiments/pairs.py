@@ -31,12 +31,12 @@ def main(
         experiment: the YAML file of an experiment that has been run.
         arm: that the others are compared with.
         seeds: those to compare on; all that two arms share by default.
-        other: the YAML file of another experiment that ``arm`` is of, on the same data.
+        other: the YAML file of another experiment that ``arm`` is of, with the same data, network, epochs and norms.
         output: folder of all experiments.
 
     Raises:
-        ValueError: an arm that the experiment does not have, a seed of which it has no run, another experiment on other
-            data, or nothing to compare it with.
+        ValueError: an arm that the experiment does not have, a seed of which it has no run, another experiment of another
+            task, or nothing to compare it with.
     """
     spec = load(experiment)
     its = spec if other is None else load(other)
@@ -44,13 +44,13 @@ def main(
         raise ValueError(f"arm: {its['name']} has no arm {arm!r}; choose from {', '.join(map(repr, its['arms']))}")
     rows = asked_for(spec, read(Path(output) / spec["name"]))
     if other is not None:
+        for name in ("data", "network", "epochs", "frozen_norms"):
+            here, there = spec["common"].get(name), its["common"].get(name)
+            if here != there:
+                told = f"{its['name']} has {name} {there}, {spec['name']} has {here}"
+                raise ValueError(f"other: {told}; give one that has the same")
         theirs = [row for row in asked_for(its, read(Path(output) / its["name"])) if row["arm"] == arm]
         arm = f"{arm} of {its['name']}"
-        if rows and theirs and rows[0]["config"]["data"] != theirs[0]["config"]["data"]:
-            ours = spec["name"]
-            raise ValueError(
-                f"other: {its['name']} is on other data than {ours}: give one with {rows[0]['config']['data']}"
-            )
         rows += [{**row, "arm": arm} for row in theirs]
         spec = {**spec, "arms": {**spec["arms"], arm: {}}}
     if seeds is not None:

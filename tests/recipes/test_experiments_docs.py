@@ -115,4 +115,4 @@ def test_fit_and_error_go_together_over_the_arms_as_the_page_says(name):
     found = correlation([row["train_loss_mean"] for row in rows], [row["test_error_mean"] for row in rows])
     (line,) = (line for page in PAGES for line in page.splitlines() if "correlation" in line and f"[{name}](" in line)
     assert f"over the {len(rows)} " in line
-    assert f"{found:.2f}" in line
+    assert f"correlation of {found:.2f}" in line or f"correlation is {found:.2f}" in line

@@ -79,8 +79,10 @@ def test_an_arm_of_another_experiment_on_the_same_images_is_compared_by_seed():
     assert line.endswith(f"| {len(shared)} |")
     assert "| SGD |" in table, "the experiment's own arm of that name is another"
     with pytest.raises(
-        ValueError, match=r"frozen_200 is on other data than frozen_50: give one with .*'per_class': 50"
+        ValueError, match=r"other: frozen_200 has data .*'per_class': 200.*, frozen_50 has .*'per_class': 50"
     ):
         main(ours, "SGD", other=str(configs / "frozen_200.yaml"), output=output)
+    with pytest.raises(ValueError, match=r"other: scratch_vit has network .*; give one that has the same"):
+        main(str(configs / "scratch_affine.yaml"), "AdamW", other=str(configs / "scratch_vit.yaml"), output=output)
     with pytest.raises(ValueError, match="arm: accuracy_50 has no arm 'Head alone'"):
         main(ours, "Head alone", other=str(configs / "accuracy_50.yaml"), output=output)
