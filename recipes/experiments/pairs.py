@@ -50,6 +50,8 @@ def main(
                 told = f"{its['name']} has {name} {there}, {spec['name']} has {here}"
                 raise ValueError(f"other: {told}; give one that has the same")
         theirs = [row for row in asked_for(its, read(Path(output) / its["name"])) if row["arm"] == arm]
+        if not finals(theirs, arm):
+            raise ValueError(f"other: {arm!r} of {its['name']} has no final run in {Path(output) / its['name']}")
         arm = f"{arm} of {its['name']}"
         rows += [{**row, "arm": arm} for row in theirs]
         spec = {**spec, "arms": {**spec["arms"], arm: {}}}

@@ -86,3 +86,9 @@ def test_an_arm_of_another_experiment_on_the_same_images_is_compared_by_seed():
         main(str(configs / "scratch_affine.yaml"), "AdamW", other=str(configs / "scratch_vit.yaml"), output=output)
     with pytest.raises(ValueError, match="arm: accuracy_50 has no arm 'Head alone'"):
         main(ours, "Head alone", other=str(configs / "accuracy_50.yaml"), output=output)
+
+
+def test_an_arm_that_another_experiment_tuned_only_is_refused_by_its_own_name(tmp_path):
+    config = str(ROOT / "recipes" / "configs" / "experiments" / "accuracy_50.yaml")
+    with pytest.raises(ValueError, match=r"other: 'SGD' of accuracy_50 has no final run in .*accuracy_50"):
+        main(config.replace("accuracy_50", "frozen_50"), "SGD", other=config, output=str(tmp_path))
