@@ -16,11 +16,11 @@ from torch import Tensor
 from lightning_fgsgd.components import Cutting
 from lightning_fgsgd.grouping import pack, unpack
 from lightning_fgsgd.manifolds import working
-from lightning_fgsgd.plan import POMPlan
+from lightning_fgsgd.plan import PlannedWeight, POMPlan
 from lightning_fgsgd.pom import POM
 from lightning_fgsgd.sharding import collect, local, shard_of, split_like, whole_of
 
-__all__ = ["match", "restore_momentum", "save", "take_apart", "whole"]
+__all__ = ["frozen", "match", "restore_momentum", "save", "take_apart", "whole"]
 
 _FORMAT = 3
 
@@ -28,6 +28,11 @@ _FORMAT = 3
 def save(poms: Sequence[POM | None]) -> list[dict[str, Any] | None]:
     """The states of the products of manifolds of some weights; None stays None. Called by all processes."""
     return [None if pom is None else _state(pom) for pom in whole(poms)]
+
+
+def frozen(planned: PlannedWeight) -> dict[str, Any]:
+    """What stands for a weight that waits to be placed, as it is frozen."""
+    return {"format": _FORMAT, "name": planned.name, "frozen": True}
 
 
 def _state(pom: POM) -> dict[str, Any]:
@@ -64,7 +69,8 @@ def take_apart(
         )
     if constrained and all(states is None for states in described):
         raise ValueError(
-            "state_dict: it holds no products of manifolds, so another optimizer saved it; "
+            "state_dict: it holds no products of manifolds, so another optimizer saved it (or torch's "
+            "flatten_optimizer_state_dict=True, which drops them: leave that out); "
             "load it into FGSGD(model.parameters()), then call constrain(pom_param_groups(model).plan)"
         )
     return saved, [
@@ -79,7 +85,8 @@ def match(
 ) -> dict[Tensor, POM]:
     """The POMs of some parameters from what :func:`save` gave for each of them, to take the place of ``poms``.
 
-    Weights that are frozen here, and were not when they were saved, have none yet, but a place in ``plan``.
+    Weights that are frozen here, and were not when they were saved, have none yet, but a place in ``plan``. Those that were
+    frozen then have none in what is returned: they are placed by the next step in which they are not frozen.
 
     Raises:
         ValueError: a state belongs to another weight or cutting, or another version of this package wrote it; or a
@@ -88,13 +95,18 @@ def match(
     found, names = {}, {pom.name for pom in poms.values()}
     for p, state in states:
         mine = poms.get(p)
+        if state is not None and "frozen" in state:
+            continue
         if state is not None and mine is None and p in plan.weights:
             planned = plan.weights[p]
             shard = shard_of(p, planned.cutting, planned.scheme)
             mine = POM.place(planned, whole_of(p).clone()).part(shard)
         if state is None:
             if mine is not None:
-                raise ValueError(f"state_dict: {mine.name} is constrained here but was not when it was saved")
+                raise ValueError(
+                    f"state_dict: {mine.name} is constrained here but was not when it was saved; choose the same weights by "
+                    "include and exclude, or load the model's weights only, and start a new optimizer from them"
+                )
             continue
         if mine is None:
             raise ValueError(

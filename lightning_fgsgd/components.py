@@ -196,6 +196,8 @@ def cutting_of(module: nn.Module, kind: str = "kernel", block_size: int = 16, at
             that no block is ragged.
         attr: name of the parameter in ``module``.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # of which class the layer was, and so what its weight is, is not known any more
     weight = module._parameters.get(attr)
     if weight is None or not _is_weight(module, attr, weight):
         return None

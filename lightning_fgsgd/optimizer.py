@@ -397,7 +397,12 @@ class FGSGD(torch.optim.Optimizer):
         """
         state = super().state_dict()
         for packed, group in zip(state["param_groups"], self.param_groups, strict=True):
-            packed["pom"] = checkpoint.save([self._poms.get(p) for p in group["params"]])
+            saved = checkpoint.save([self._poms.get(p) for p in group["params"]])
+            waiting = [None if p in self._poms else self._plan.weights.get(p) for p in group["params"]]
+            packed["pom"] = [
+                state if weight is None else checkpoint.frozen(weight)
+                for state, weight in zip(saved, waiting, strict=True)
+            ]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -420,6 +425,7 @@ class FGSGD(torch.optim.Optimizer):
                 p.detach().copy_(before)
         self._unplaced.clear()
         self._versions.clear()
+        self._waits |= len(poms) < len(self._poms)
         self._poms, self._prepared = poms, Prepared()
         if replaced:
             warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -28,6 +29,8 @@ def normalizes_weight(module: nn.Module) -> bool:
 def why_euclidean(name: str, p: Tensor, owners: list[nn.Module]) -> str:
     """A reason for a parameter that :func:`~lightning_fgsgd.components.cutting_of` does not take for a weight."""
     attr = name.rpartition(".")[2]
+    if any(isinstance(m, torch.jit.ScriptModule) for m in owners):
+        return "in TorchScript, which does not say what layer it is of"
     if any(isinstance(m, ParametrizationList) for m in owners) or (
         attr.startswith("weight") and attr.endswith(_HOOKED) and any(m._forward_pre_hooks for m in owners)
     ):

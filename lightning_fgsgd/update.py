@@ -55,8 +55,8 @@ _said: list[str] = []
 
 def options_of(group: Mapping[str, Any]) -> Options:
     """The numbers of a step of a parameter group whose momentum, if there is one, has begun."""
-    sign, lr = -1.0 if group["maximize"] else 1.0, float(group["lr"])  # lr may be a tensor
-    return Options(sign, group["weight_decay"], lr, group["momentum"], 1.0 - group["dampening"])
+    lr, decay, momentum = (float(group[name]) for name in ("lr", "weight_decay", "momentum"))  # or tensors, or integers
+    return Options(-1.0 if group["maximize"] else 1.0, decay, lr, momentum, 1.0 - group["dampening"])
 
 
 @dataclass(eq=False)

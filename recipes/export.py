@@ -23,7 +23,9 @@ def export(checkpoint: str, output: str) -> str:
     module = LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", pretrained=False)
     path = export_timm(module, output)
     name, classes = module.hparams["model"], module.hparams["num_classes"]
-    further = "".join(f", {key}={value!r}" for key, value in (module.hparams["model_args"] or {}).items())
+    # A head of another size, with which the weights came, has been replaced.
+    args = {key: value for key, value in (module.hparams["model_args"] or {}).items() if key != "num_classes"}
+    further = "".join(f", {key}={value!r}" for key, value in args.items())
     return f"{path}: timm.create_model({name!r}, num_classes={classes}{further}, checkpoint_path={str(path)!r})"
 
 

@@ -68,6 +68,21 @@ def checkpoints(scope, printed):
     assert len(scope["again"].poms) == len(scope["optimizer"].poms) > 5
 
 
+def fine_tuning(scope, printed):
+    module, decayed = scope["module"], {}
+    assert all(int(norm.num_batches_tracked) == 0 for norm in module.modules() if hasattr(norm, "num_batches_tracked"))
+    (optimizer,) = module.trainer.optimizers
+    names = {p: name for name, p in module.named_parameters()}
+    for held, groups in (True, optimizer.param_groups), (False, scope["nothing_held"].param_groups(module)):
+        decayed[held] = {
+            names[p]
+            for group in groups
+            for p in group["params"]
+            if group.get("weight_decay", 1.0) and not (held and p in optimizer.poms)
+        }
+    assert decayed[True] == decayed[False] == {"model.classifier.weight"}
+
+
 def models(scope, printed):
     assert scope["found"].totals["layers"] > 30
     assert printed.count("Weights on products of manifolds") == 2
@@ -83,6 +98,7 @@ OUTCOMES = {
     "README.md": readme,
     "docs/guides/choosing.md": choosing,
     "docs/guides/first-steps.md": first_steps,
+    "docs/guides/fine-tuning.md": fine_tuning,
     "docs/guides/checkpoints.md": checkpoints,
     "docs/models.md": models,
 }

@@ -8,6 +8,11 @@ import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_fgsgd import FGSGD, pom_param_groups
@@ -394,6 +399,16 @@ def test_a_state_that_does_not_fit_is_refused_by_name():
         )
 
 
+def test_a_state_that_torch_has_flattened_is_refused_with_the_reason():
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = net()
+    optimizer = FGSGD(pom_param_groups(model), lr=0.1, momentum=0.9)
+    step_n(model, optimizer, 1, seed=0)
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    with pytest.raises(ValueError, match="flatten_optimizer_state_dict=True, which drops them"):
+        set_optimizer_state_dict(model, optimizer, state, options=flat)
+
+
 def test_a_run_of_torch_sgd_can_be_continued():
     model = net()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -479,6 +494,50 @@ def test_a_state_is_loaded_where_a_weight_is_still_frozen_that_was_not_when_it_w
     for model, its in ((tiny, optimizer), (fresh, resumed)):
         step_n(model, its, 2, seed=7)
     torch.testing.assert_close(dict(fresh.named_parameters()), dict(tiny.named_parameters()))
+
+
+@pytest.mark.parametrize("start", ["preserve", "project"])
+@pytest.mark.parametrize("first", ["the weights", "the state"])
+def test_a_weight_that_was_frozen_when_it_was_saved_goes_on_as_one_that_is_unfrozen(tiny, start, first):
+    def optimizer_of(model):
+        optimizer = FGSGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.constrain(pom_param_groups(model, start=start).plan)
+        return optimizer
+
+    drawn = copy.deepcopy(tiny)
+    tiny.conv.weight.requires_grad_(False)
+    optimizer = optimizer_of(tiny)
+    step_n(tiny, optimizer, 2, seed=0)
+    state, weights = copy.deepcopy((optimizer.state_dict(), tiny.state_dict()))
+    torch.nn.init.normal_(drawn.conv.weight)
+    resumed = optimizer_of(drawn)  # which places the weight: it is not frozen here
+    if first == "the weights":
+        drawn.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    drawn.load_state_dict(weights)
+    tiny.conv.weight.requires_grad_(True)
+    for model, its in ((tiny, optimizer), (drawn, resumed)):
+        step_n(model, its, 3, seed=7)
+        assert its.distance(model.conv.weight) < 1e-5
+        assert its.pom(model.conv.weight).start == start
+    torch.testing.assert_close(dict(drawn.named_parameters()), dict(tiny.named_parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("fused", "dtype"), [(False, torch.float32), (None, torch.float32), (None, torch.bfloat16)])
+@pytest.mark.parametrize("far", [False, True])
+def test_integers_are_taken_as_options_wherever_numbers_are(fused, dtype, far):
+    def stepped(number):
+        torch.manual_seed(0)
+        layer = nn.Linear(32, 32).to(dtype)
+        groups = pom_param_groups(layer, manifolds=["sphere", "euclidean"], exclude=())
+        options = {name: number(value) for name, value in {"weight_decay": 1, "momentum": 1}.items()}
+        optimizer = FGSGD(groups, lr=number(50 if far else 1), rho=None if far else 1, fused=fused, **options)
+        for _ in range(3):
+            layer(torch.ones(1, 32, dtype=dtype)).square().sum().backward()
+            optimizer.step()
+        return layer.weight.detach()
+
+    assert torch.equal(stepped(int), stepped(float))
 
 
 def test_groups_of_several_models_and_of_ones_own_are_put_together_in_a_list(tiny):

@@ -30,6 +30,16 @@ def test_parametrized_layers_are_left_out_and_say_so(wrap):
     assert found["made.bias"] == "bias"
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated.*", "ignore:.*is not supported in Python 3.14.*")
+def test_modules_in_torchscript_are_left_out_and_say_so():
+    scripted = torch.jit.script(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)))
+    found = reasons(nn.ModuleDict({"free": nn.Linear(4, 4), "scripted": scripted}))
+    assert "free.weight" not in found
+    assert found["scripted.1.weight"] == "in TorchScript, which does not say what layer it is of"
+    with pytest.raises(ValueError, match=r"has no weight to constrain \(.*TorchScript"):
+        pom_param_groups(scripted)
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated.*")
 @pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_layers_with_the_old_norm_hooks_are_left_out_and_say_so(wrap):

@@ -54,7 +54,7 @@ class POMProjection(Callback):
 
     def __init__(self, **settings: Any) -> None:
         for name, why in _NOT_HERE.items():
-            if name in settings:
+            if settings.get(name):  # a command line gives all of POMGrouping's arguments, these as they are by default
                 raise TypeError(f"{name}: {why}")
         self._grouping = POMGrouping(**settings)
         self.settings = {k: v for k, v in self._grouping.settings.items() if k not in _OF_PARAM_GROUPS}

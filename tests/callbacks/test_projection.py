@@ -4,6 +4,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from timm.optim import Lookahead
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_fgsgd import FeatureStdRescaling, POMGrouping, POMProjection
-from tests.lit import LitBase, LitTiny, loader, trainer
+from tests.lit import LitBase, LitTiny, config, loader, trainer
 
 
 class Adam(LitBase):
@@ -193,6 +194,26 @@ def test_frozen_weights_stay_as_they_are(tmp_path):
     assert torch.equal(module.model.conv.weight, before)
     assert callback.held.pom(module.model.conv.weight) is None
     assert len(callback.held.poms) > 2
+
+
+def test_it_is_named_in_a_file_for_the_command_line(tmp_path):
+    """jsonargparse finds POMGrouping's arguments, and gives those that are not asked for as they are by default."""
+    callbacks = """
+    - class_path: lightning_fgsgd.POMProjection
+      init_args: {manifolds: [stiefel], start: project, SETTING}
+    """
+
+    def cli(setting):
+        path = config(tmp_path, callbacks.replace("SETTING", setting))
+        return LightningCLI(Adam, run=False, args=["--config", str(path)], save_config_callback=None)
+
+    found = cli("block_size: 8")
+    found.trainer.fit(found.model, loader())
+    (projection,) = (callback for callback in found.trainer.callbacks if isinstance(callback, POMProjection))
+    assert {pom.sets.manifold_names for pom in projection.held.poms.values()} == {("stiefel",)}
+    assert max(projection.held.distance(p) for p in projection.held.poms) < 1e-5
+    with pytest.raises(ValueError, match=r"layer_decay: it is of FGSGD's parameter groups"):
+        cli("layer_decay: 0.5")
 
 
 def test_what_it_cannot_do_is_said(tmp_path):
