@@ -425,7 +425,7 @@ class FGSGD(torch.optim.Optimizer):
                 p.detach().copy_(before)
         self._unplaced.clear()
         self._versions.clear()
-        self._waits |= len(poms) < len(self._poms)
+        self._waits |= any(p not in poms for p in self._poms)
         self._poms, self._prepared = poms, Prepared()
         if replaced:
             warnings.warn(

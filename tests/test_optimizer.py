@@ -523,6 +523,23 @@ def test_a_weight_that_was_frozen_when_it_was_saved_goes_on_as_one_that_is_unfro
     torch.testing.assert_close(dict(drawn.named_parameters()), dict(tiny.named_parameters()), rtol=0, atol=0)
 
 
+def test_one_weight_that_was_frozen_is_placed_where_another_is_frozen_instead():
+    def optimizer_of(model, frozen):
+        model[frozen].weight.requires_grad_(False)
+        optimizer = FGSGD(model.parameters(), lr=0.1)
+        optimizer.constrain(pom_param_groups(model, exclude=()).plan)
+        return optimizer
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    other = copy.deepcopy(model)
+    resumed = optimizer_of(other, frozen=1)
+    resumed.load_state_dict(optimizer_of(model, frozen=0).state_dict())
+    other(torch.ones(1, 8)).sum().backward()
+    resumed.step()
+    assert resumed.pom(other[0].weight) is not None
+    assert resumed.pom(other[1].weight) is not None
+
+
 @pytest.mark.parametrize(("fused", "dtype"), [(False, torch.float32), (None, torch.float32), (None, torch.bfloat16)])
 @pytest.mark.parametrize("far", [False, True])
 def test_integers_are_taken_as_options_wherever_numbers_are(fused, dtype, far):
