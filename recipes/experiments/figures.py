@@ -27,7 +27,8 @@ def plot_errors(errors: Mapping[str, Mapping[int, float]], reference: str, path:
     ended = {arm: [e for e in runs.values() if e is not None and math.isfinite(e)] for arm, runs in errors.items()}
     lost = {arm: len(errors[arm]) - len(runs) for arm, runs in ended.items()}
     names = [arm + (f" ({lost[arm]} diverged)" if lost[arm] else "") for arm in ended]
-    figure, (axis,) = figure_of(1, width=8.0, height=1.2 + 0.28 * len(ended))
+    names_width = 0.065 * max(map(len, names))  # in inches, at the size of 8 points below
+    figure, (axis,) = figure_of(1, width=max(8.0, 5.0 + names_width), height=1.2 + 0.28 * len(ended))
     for y, (arm, runs) in enumerate(ended.items()):
         if not runs:
             continue
