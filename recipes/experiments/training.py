@@ -33,7 +33,7 @@ from recipes.experiments.methods import BASELINES, head_of, split_off_the_rest
 from recipes.experiments.networks import build
 from recipes.experiments.turning import Turning
 
-PACKAGES = ("lightning-fgsgd", "torch", "timm", "pytorch-lightning")
+PACKAGES = ("lightning-fgsgd", "torch", "timm", "pytorch-lightning", "geoopt")
 
 MODULE = ("warmup", "power", "constrained_power", "euclidean_lr", "frozen_norms", "pull")
 
