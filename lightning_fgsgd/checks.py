@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "lost_plans",
     "named_apart",
     "options",
+    "parameter",
     "stray_weights",
     "too_large",
     "weights",
@@ -34,6 +36,9 @@ def options(given: Mapping[str, Any]) -> None:
     lr = given["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr: a tensor lr must hold one number, got shape {tuple(lr.shape)}")
+    for name in ("lr", "momentum", "weight_decay", "dampening"):
+        if not isinstance(given[name], numbers.Real | Tensor):
+            raise ValueError(f"{name}: {given[name]!r} is not a number")
     for name in ("lr", "momentum", "weight_decay"):
         if not (0.0 <= given[name] < math.inf):
             raise ValueError(f"{name}: {given[name]} is not a finite number of at least 0")
@@ -45,13 +50,21 @@ def options(given: Mapping[str, Any]) -> None:
             f"momentum={given['momentum']}, dampening={given['dampening']}"
         )
     rho = given["rho"]
-    if rho not in (None, "average") and (isinstance(rho, str) or not 0.0 <= rho < math.inf):
+    if rho not in (None, "average") and (
+        not isinstance(rho, numbers.Real | Tensor) or not 0.0 <= float(rho) < math.inf
+    ):
         raise ValueError(
             f"rho: {rho!r} is not a finite number of at least 0; 'average' estimates it, None turns the normalisation off"
         )
     metric = given["metric"]
     if not isinstance(metric, str) or metric not in METRICS:  # a torchmetrics Metric equals anything
         raise ValueError(f"metric: unknown metric {metric!r}; choose from {', '.join(map(repr, METRICS))}")
+
+
+def parameter(param: object) -> None:
+    """Refuse a layer in the place of its weight: the distance of what is not constrained is 0, which would mislead."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"param: a {type(param).__name__} is no parameter; give the weight itself, as layer.weight")
 
 
 def lost_plans(groups: Sequence[Mapping[str, Any]], planned: Container[Tensor]) -> None:

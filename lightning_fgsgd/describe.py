@@ -146,7 +146,9 @@ def describe(
     """
     if batch is not None and model is None:
         raise ValueError("model: it is needed to run the batch through")
-    plan = source.plan if isinstance(source, POMParamGroups) else source._plan if isinstance(source, FGSGD) else source
+    plan = (
+        source.plan if isinstance(source, POMParamGroups) else source._own.plan if isinstance(source, FGSGD) else source
+    )
     poms: dict[Tensor, POM] = {}
     if isinstance(source, FGSGD):
         poms = {

@@ -32,13 +32,19 @@ def export_timm(module: nn.Module, path: str | Path, attribute: str = "model") -
         attribute: name of the timm model in ``module``, where it is not one itself.
 
     Raises:
-        ValueError: another suffix, a module that neither is nor holds a timm model, or a weight under the older
-            ``torch.nn.utils.weight_norm`` or ``spectral_norm``, which is to be removed first.
+        ValueError: another suffix, a module that neither is nor holds a timm model, layers with adapters of PEFT, which are
+            to be merged first, or a weight under the older ``torch.nn.utils.weight_norm`` or ``spectral_norm``, which is to
+            be removed first.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"path: {path.name!r} must end in .safetensors, .pt or .pth")
     model = module if hasattr(module, "default_cfg") or not hasattr(module, attribute) else getattr(module, attribute)
+    if any(hasattr(m, "adapter_layer_names") for m in model.modules()):
+        raise ValueError(
+            "module: its layers have adapters (of PEFT), and timm would not find their weights in the file; give what "
+            "merge_and_unload() returns"
+        )
     if not hasattr(model, "default_cfg"):
         raise ValueError(f"module: {type(module).__name__} is not a timm model, nor is its attribute {attribute!r}")
     # Contiguous, because safetensors stores no strides; channels_last is a matter of the session, not of the weights.

@@ -107,7 +107,10 @@ class FeatureReader:
             if not weights:
                 continue
             if isinstance(module, _CALLED):
-                (weight,) = weights.values()  # called weight_orig where torch.nn.utils.prune has been at it
+                # Called weight_orig where torch.nn.utils.prune has been at it. Another is a layer's that this one uses, too.
+                weight = next((weights[attr] for attr in ("weight", "weight_orig") if attr in weights), None)
+                if weight is None:
+                    continue
                 before = partial(self._before, weight)
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(partial(self._after, weight)))

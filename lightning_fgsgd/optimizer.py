@@ -6,6 +6,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,20 @@ from lightning_fgsgd.takeover import taken_over
 from lightning_fgsgd.update import Update, compiles, options_of
 
 __all__ = ["FGSGD"]
+
+
+@dataclass
+class _Own:
+    """What an optimizer binds anew while it lives.
+
+    It stands in one object, for Lightning's ``self.optimizers()`` and Fabric's ``setup`` give an optimizer with copied
+    attributes: what that one binds would be its own, and the one that takes the steps would not know.
+    """
+
+    plan: POMPlan = field(default_factory=POMPlan)
+    waits: bool = False  # whether frozen weights are held that are to be placed once they are not
+    chunk: int = 0  # how many numbers of a weight torch's operations are given at a time; 0: to be found
+    prepared: Prepared = field(default_factory=Prepared)
 
 
 class FGSGD(torch.optim.Optimizer):
@@ -107,12 +122,9 @@ class FGSGD(torch.optim.Optimizer):
         # What a weight was before it was placed, until the first step: a checkpoint that is loaded then finds the
         # weight as its own model state left it, not as a start that was drawn in between.
         self._unplaced: dict[Tensor, tuple[int, Tensor]] = {}
-        self._plan = POMPlan()
-        self._waits = False  # whether frozen weights are held that are to be placed once they are not
         # How often each constrained weight had been written to when it was last known to be on its manifolds.
         self._versions: dict[Tensor, int] = {}
-        self._chunk = 0  # how many numbers of a weight torch's operations are given at a time; 0: to be found
-        self._prepared = Prepared()
+        self._own = _Own()
         given = params if isinstance(params, Tensor) else list(params)  # a Tensor is torch's to refuse
         carriers = [x for x in (params, *given) if isinstance(x, POMParamGroups | POMParamGroup)]
         plans = list({id(x.plan): x.plan for x in carriers}.values())
@@ -122,7 +134,7 @@ class FGSGD(torch.optim.Optimizer):
                 compiles(True, device)
         if plans:
             self.constrain(functools.reduce(operator.or_, plans))
-        checks.lost_plans(self.param_groups, self._plan.names)
+        checks.lost_plans(self.param_groups, self._own.plan.names)
 
     # Products of manifolds ------------------------------------------------------------------------------------------
 
@@ -136,12 +148,12 @@ class FGSGD(torch.optim.Optimizer):
         Raises:
             ValueError: there are products of manifolds already, or the plan shares no weight with the optimizer.
         """
-        if self._poms:
-            raise ValueError("FGSGD: the weights are on products of manifolds already; constrain can be called once")
+        if self._own.plan.weights:
+            raise ValueError("FGSGD: there is a plan of products of manifolds already; constrain can be called once")
         mine = [p for group in self.param_groups for p in group["params"]]
         if mine and not any(p in plan.names for p in mine):
             raise ValueError("plan: it knows none of this optimizer's parameters; draw it from the same model")
-        self._plan = plan
+        self._own.plan = plan
         self._place(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,14 +164,14 @@ class FGSGD(torch.optim.Optimizer):
         number in its name where those of another model have that name already: ``"pom, 2"``.
         """
         if isinstance(param_group, POMParamGroup):
-            self._plan |= param_group.plan
+            self._own.plan |= param_group.plan
             param_group = dict(param_group)
         if "lr_factor" in param_group and "lr" not in param_group:
             param_group = {**param_group, "lr": self.defaults["lr"] * param_group["lr_factor"]}
         param_group = checks.named_apart(param_group, self.param_groups)
         checks.options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._chunk = 0
+        self._own.chunk = 0
         try:
             self._place(self.param_groups[-1:])
         except ValueError:
@@ -171,10 +183,10 @@ class FGSGD(torch.optim.Optimizer):
         """Put the weights of these groups that the plan knows onto their manifolds; none where one has no place there."""
         zero = {}
         held = {
-            p: group for group in groups for p in group["params"] if p in self._plan.weights and p not in self._poms
+            p: group for group in groups for p in group["params"] if p in self._own.plan.weights and p not in self._poms
         }
-        new = [(p, group, self._plan.weights[p]) for p, group in held.items() if p.requires_grad]
-        self._waits |= len(new) < len(held)
+        new = [(p, group, self._own.plan.weights[p]) for p, group in held.items() if p.requires_grad]
+        self._own.waits |= len(new) < len(held)
         for p, _, planned in new:
             planned.check(whole_of(p))
         for p, group, planned in new:
@@ -205,6 +217,7 @@ class FGSGD(torch.optim.Optimizer):
 
         Of a sharded weight (a DTensor) the components that this process steps.
         """
+        checks.parameter(param)
         pom = self.poms.get(param)
         if pom is None:
             return None
@@ -217,6 +230,7 @@ class FGSGD(torch.optim.Optimizer):
         The maximum over its components of ‖fixed part of ωᵀω − its target‖_F / ‖target‖_F. Of a sharded weight over those of
         all processes, each of which must ask.
         """
+        checks.parameter(param)
         pom = self.poms.get(param)
         if pom is None:
             return 0.0
@@ -228,6 +242,8 @@ class FGSGD(torch.optim.Optimizer):
 
     def project(self, param: Tensor | None = None) -> None:
         """Bring ``param``, or all constrained weights, back to the nearest point of their manifolds."""
+        if param is not None:
+            checks.parameter(param)
         for p, pom in self.poms.items():
             if param is not None and p is not param:
                 continue
@@ -284,14 +300,14 @@ class FGSGD(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        left_out = self._place_unfrozen() if self._waits else set()
+        left_out = self._place_unfrozen() if self._own.waits else set()
         updates, free = self._updates(left_out)
         self._check(updates)
-        if not self._prepared.suits(updates):
-            self._prepared = Prepared(updates)
-        sums, finite = self._prepared.finite_sums(updates)
-        shares = self._prepared.shares(updates, sums, finite)
-        moved, answers = self._prepared.move(updates, shares)
+        if not self._own.prepared.suits(updates):
+            self._own.prepared = Prepared(updates)
+        sums, finite = self._own.prepared.finite_sums(updates)
+        shares = self._own.prepared.shares(updates, sums, finite)
+        moved, answers = self._own.prepared.move(updates, shares)
         # One answer to the host: steps that are too long for the fast retraction are as good as never taken.
         answers += [] if finite is None else [finite]
         if answers and not bool(together(answers).all()):
@@ -311,7 +327,7 @@ class FGSGD(torch.optim.Optimizer):
     def _place_unfrozen(self) -> set[Tensor]:
         """Place the weights that were frozen until now; those that this moved, whose gradient is of where they were."""
         before = set(self._poms)
-        self._waits = False
+        self._own.waits = False
         self._place(self.param_groups)
         return {p for p, pom in self._poms.items() if p not in before and pom.start != "preserve"}
 
@@ -322,10 +338,10 @@ class FGSGD(torch.optim.Optimizer):
             Those of products of manifolds; and by group the others, to which torch's own SGD is all that there is.
         """
         updates, free = [], []
-        if not self._chunk:
+        if not self._own.chunk:
             sizes = [count(p) for group in self.param_groups for p in group["params"]]
             # A step by torch's operations holds up to eighteen tensors of one: together the largest weight, or 5 % of all.
-            self._chunk = min(2**19, max(2**14, max(max(sizes, default=0), sum(sizes) // 20) // 18))
+            self._own.chunk = min(2**19, max(2**14, max(max(sizes, default=0), sum(sizes) // 20) // 18))
         for group in self.param_groups:
             plain, options = [], options_of(group)
             for p in group["params"]:
@@ -336,7 +352,7 @@ class FGSGD(torch.optim.Optimizer):
                     plain.append(p)
                 else:
                     compiled = compiles(group["fused"], p.device)
-                    updates.append(Update(p, pom.follow(p), group, options, self.state[p], compiled, self._chunk))
+                    updates.append(Update(p, pom.follow(p), group, options, self.state[p], compiled, self._own.chunk))
             free.append((plain, group))
         return updates, free
 
@@ -398,7 +414,7 @@ class FGSGD(torch.optim.Optimizer):
         state = super().state_dict()
         for packed, group in zip(state["param_groups"], self.param_groups, strict=True):
             saved = checkpoint.save([self._poms.get(p) for p in group["params"]])
-            waiting = [None if p in self._poms else self._plan.weights.get(p) for p in group["params"]]
+            waiting = [None if p in self._poms else self._own.plan.weights.get(p) for p in group["params"]]
             packed["pom"] = [
                 state if weight is None else checkpoint.frozen(weight)
                 for state, weight in zip(saved, waiting, strict=True)
@@ -415,7 +431,7 @@ class FGSGD(torch.optim.Optimizer):
             ValueError: the state belongs to other weights, cuttings or constraints than this optimizer's.
         """
         saved, pairs = checkpoint.take_apart(state_dict, self.param_groups, constrained=bool(self._poms))
-        poms = checkpoint.match(pairs, self._poms, self._plan)
+        poms = checkpoint.match(pairs, self._poms, self._own.plan)
         replaced = [pom.name for p, pom in poms.items() if p in self._poms and not pom.same_constraints(self._poms[p])]
         saved = [{**self.defaults, **group} for group in saved]  # a state of torch.optim.SGD lacks our own options
         super().load_state_dict({**state_dict, "param_groups": saved})
@@ -425,8 +441,10 @@ class FGSGD(torch.optim.Optimizer):
                 p.detach().copy_(before)
         self._unplaced.clear()
         self._versions.clear()
-        self._waits |= any(p not in poms for p in self._poms)
-        self._poms, self._prepared = poms, Prepared()
+        self._own.waits |= any(p not in poms for p in self._poms)
+        self._poms.clear()
+        self._poms.update(poms)
+        self._own.prepared = Prepared()
         if replaced:
             warnings.warn(
                 f"FGSGD: the manifolds, groups or start of {len(replaced)} weights ({replaced[0]} first) are those of the "
@@ -438,10 +456,7 @@ class FGSGD(torch.optim.Optimizer):
         return {
             **super().__getstate__(),
             "_poms": self._poms,
-            "_plan": self._plan,
-            "_waits": self._waits,
-            "_chunk": self._chunk,
-            "_prepared": Prepared(),
+            "_own": replace(self._own, prepared=Prepared()),
             "_unplaced": {},
             "_versions": {},
         }

@@ -273,9 +273,16 @@ def _parameters(model: nn.Module) -> tuple[dict[Tensor, str], dict[Tensor, list[
 
 
 def _owner(weight: Tensor, name: str, owners: list[nn.Module]) -> tuple[nn.Module, str]:
-    """The module that says how a weight is used, and the weight's name in it; a table of embeddings that is tied is one."""
-    module = next((m for m in owners if isinstance(m, (nn.Embedding, nn.EmbeddingBag))), owners[0])
-    return module, next(attr for attr, p in module._parameters.items() if p is weight)
+    """The module that says how a weight is used, and the weight's name in it.
+
+    A table of embeddings that is tied is one. A layer's weight that another registers too, under a name of its own, is the
+    layer's.
+    """
+    attrs = {m: next(attr for attr, p in m._parameters.items() if p is weight) for m in owners}
+    tables = [m for m in owners if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    layers = [m for m in owners if cutting_of(m, attr=attrs[m]) is not None]
+    module = (*tables, *layers, *owners)[0]
+    return module, attrs[module]
 
 
 def _unfit(weight: Tensor, name: str, cut: Cutting, start: str, model: nn.Module) -> str:

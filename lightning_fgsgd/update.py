@@ -158,8 +158,13 @@ class Update:
 
     def _distance_to_average(self) -> Tensor:
         pom = self.pom
-        if "average" not in self.state:
-            self.state["average"] = torch.zeros_like(self.weight, dtype=working_dtype(self.weight))
+        dtype, average = working_dtype(self.weight), self.state.get("average")
+        if average is None:
+            self.state["average"] = torch.zeros_like(self.weight, dtype=dtype)
+        elif (
+            average.dtype != dtype or average.device != self.weight.device
+        ):  # model.double(), or a state of another precision
+            self.state["average"] = torch.empty_like(self.weight, dtype=dtype).copy_(average)
         steps = self.state["averaged"] = self.state.get("averaged", 0) + 1
         with opened(pom.shard, self.weight, self.state["average"], write=True) as (weight, average):
             squares = distance_to_average(pom, weight, average, steps, self.group["metric"])

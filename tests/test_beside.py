@@ -39,7 +39,8 @@ from lightning_fgsgd import (
     RobbinsMonroLR,
     pom_param_groups,
 )
-from tests.lit import LitTiny, loader, trainer
+from tests.conftest import TinyNet
+from tests.lit import LitBase, LitTiny, loader, trainer
 from tests.test_finetuning import LitBackbone, LitTimm, images, on_manifolds
 from tests.test_loop import hooks, same, worst
 
@@ -861,3 +862,56 @@ def test_no_scheduler_of_torch_or_timm_is_missing():
         name for name, found in vars(timm.scheduler).items() if inspect.isclass(found) and issubclass(found, base)
     }
     assert of_timm - {"Scheduler"} == BY_EPOCH.keys()
+
+
+@pytest.mark.parametrize("how", ["add the weight", "add groups", "constrain"])
+def test_what_lightnings_handle_of_the_optimizer_is_given_holds_for_the_one_that_steps(tmp_path, how):
+    class Thaws(LitTiny if how == "add the weight" else LitBase):
+        def configure_optimizers(self):
+            if how == "add the weight":
+                return super().configure_optimizers()
+            return FGSGD(self.model.head.parameters() if how == "add groups" else self.parameters(), lr=0.1)
+
+        def on_train_start(self):
+            handle = self.optimizers()
+            assert handle is not self.trainer.optimizers[0]
+            if how == "constrain":
+                return handle.constrain(pom_param_groups(self.model).plan)
+            if how == "add groups":  # which bring their plan
+                handle.add_param_group(pom_param_groups(self.model)[0])
+            handle.add_param_group({"params": [self.model.conv.weight]})  # frozen still
+
+        def on_train_epoch_start(self):
+            self.model.conv.weight.requires_grad_(self.current_epoch > 0)
+
+    module = Thaws()
+    module.model.conv.weight.requires_grad_(False)
+    fit = trainer(tmp_path, *([POMGrouping()] if how == "add the weight" else []), max_epochs=2)
+    fit.fit(module, loader())
+    weight = module.model.conv.weight
+    assert fit.optimizers[0].pom(weight) is not None
+    assert fit.optimizers[0].distance(weight) < 1e-5
+    assert weight in module.optimizers().poms
+
+
+@pytest.mark.parametrize("how", ["add the weight", "constrain"])
+def test_the_same_goes_for_fabrics(how):
+    from lightning_fabric import Fabric
+
+    model = TinyNet()
+    model.conv.weight.requires_grad_(False)
+    groups = pom_param_groups(model)
+    inner = FGSGD(groups if how == "add the weight" else model.parameters(), lr=0.1)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    ready, optimizer = fabric.setup(model, inner)
+    assert optimizer is not inner
+    if how == "add the weight":
+        optimizer.add_param_group({"params": [model.conv.weight]})
+    else:
+        optimizer.constrain(groups.plan)
+    model.conv.weight.requires_grad_(True)
+    ready(next(iter(loader()))[0]).square().mean().backward()
+    optimizer.step()
+    assert inner.pom(model.conv.weight) is not None
+    assert inner.distance(model.conv.weight) < 1e-5

@@ -117,3 +117,13 @@ def test_sharded_weights_are_put_together(tmp_path, name):
         dist.destroy_process_group()
     loaded = timm.create_model("test_resnet", num_classes=5, checkpoint_path=str(path)).eval()
     assert torch.equal(loaded(x), logits)
+
+
+def test_adapters_are_refused_until_they_are_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = timm.create_model("test_vit", num_classes=4)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2))
+    with pytest.raises(ValueError, match=r"have adapters .* give what merge_and_unload"):
+        export_timm(adapted, tmp_path / "model.safetensors")
+    path = export_timm(adapted.merge_and_unload(), tmp_path / "model.safetensors")
+    timm.create_model("test_vit", num_classes=4, checkpoint_path=str(path))

@@ -317,3 +317,30 @@ def test_sequences_of_a_nested_tensor_are_read_one_after_the_other(layout):
     layer(features)
     reader.close()
     assert pixels == [5]  # of the longest
+
+
+class Decoder(nn.Linear):
+    """Reads its input by a weight of its own, and by an encoder's, which it registers."""
+
+    def __init__(self, encoder):
+        super().__init__(encoder.out_features, encoder.in_features, bias=False)
+        self.encoder_weight = encoder.weight
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + F.linear(x, self.encoder_weight.T)
+
+
+@pytest.mark.parametrize("decoder_first", [False, True])
+@pytest.mark.parametrize("sizes", [(8, 16), (8, 8)])
+def test_a_layer_that_registers_the_weight_of_another_does_not_read_its_own_input_for_it(sizes, decoder_first):
+    encoder = nn.Linear(*sizes, bias=False)
+    decoder = Decoder(encoder)
+    model = nn.ModuleDict({"a": decoder, "b": encoder} if decoder_first else {"a": encoder, "b": decoder})
+    model.forward = lambda x: 40 * decoder(30 * encoder(x))
+    plan = pom_param_groups(model, exclude=()).plan
+    assert {encoder.weight, decoder.weight} == plan.weights.keys()
+    x = torch.randn(50, sizes[0])
+    found = read(model, x)
+    name = {p: n for n, p in model.named_parameters()}
+    torch.testing.assert_close(found[name[encoder.weight]][0].squeeze(), std(x))
+    torch.testing.assert_close(found[name[decoder.weight]][0].squeeze(), std(30 * encoder(x)))

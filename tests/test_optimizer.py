@@ -1171,3 +1171,38 @@ def test_a_lost_plan_is_said_once(tiny, recwarn):
     assert sum(g["name"].startswith("pom") for g in groups) == 2
     FGSGD(groups, lr=0.1)
     assert sum("has lost the plan" in str(w.message) for w in recwarn) == 1
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_an_average_goes_on_in_the_precision_that_the_model_is_brought_to(tiny, dtypes):
+    def step():
+        optimizer.zero_grad()
+        tiny(torch.ones(2, 4, 6, 6, dtype=tiny.conv.weight.dtype)).square().mean().backward()
+        optimizer.step()
+
+    tiny.to(dtypes[0])
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.01, rho="average")
+    step()
+    before = optimizer.state[tiny.conv.weight]["average"].clone()
+    tiny.to(dtypes[1])
+    torch.testing.assert_close(optimizer.state[tiny.conv.weight]["average"], before)
+    step()
+    after = optimizer.state[tiny.conv.weight]["average"]
+    assert after.dtype == dtypes[1]
+    assert 0 < (after - before.to(dtypes[1])).norm() < 0.1 * before.norm()
+
+
+def test_a_layer_in_the_place_of_its_weight_is_refused(tiny):
+    optimizer = FGSGD(pom_param_groups(tiny), lr=0.01)
+    for ask in (optimizer.distance, optimizer.pom, optimizer.project):
+        with pytest.raises(
+            TypeError, match=r"param: a Conv2d is no parameter; give the weight itself, as layer.weight"
+        ):
+            ask(tiny.conv)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "dampening", "rho"])
+@pytest.mark.parametrize("value", ["1e-3", [1.0], {}])
+def test_an_option_that_is_no_number_is_refused_by_name(tiny, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: .* is not a "):
+        FGSGD(tiny.parameters(), **{name: value})

@@ -164,7 +164,7 @@ def test_steps_are_to_the_last_bit_those_of_an_optimizer_that_keeps_nothing(chan
             if step in (2, 4):  # the second time, what was made for the first is not taken again unasked
                 change(model, optimizer)
             if not kept:
-                optimizer._prepared = Prepared()
+                optimizer._own.prepared = Prepared()
             optimizer.step()
         found.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
     for a, b in zip(*found, strict=True):
@@ -177,16 +177,16 @@ def test_what_is_prepared_is_kept_while_only_gradients_and_numbers_change():
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
     with_gradients(model, 0)
     optimizer.step()
-    prepared = optimizer._prepared
+    prepared = optimizer._own.prepared
     for step in range(1, 5):
         optimizer.zero_grad()
         with_gradients(model, step)
         optimizer.step()
         schedule.step()
-        assert optimizer._prepared is prepared
+        assert optimizer._own.prepared is prepared
     model[0].weight.grad = None
     optimizer.step()
-    assert optimizer._prepared is not prepared
+    assert optimizer._own.prepared is not prepared
 
 
 def test_neither_gradients_nor_weights_live_longer_for_it():
@@ -194,7 +194,7 @@ def test_neither_gradients_nor_weights_live_longer_for_it():
     optimizer = FGSGD(pom_param_groups(model), lr=0.05, momentum=0.9)
     with_gradients(model, 0)
     optimizer.step()
-    prepared, gradients = optimizer._prepared, [weakref.ref(p.grad) for p in model.parameters()]
+    prepared, gradients = optimizer._own.prepared, [weakref.ref(p.grad) for p in model.parameters()]
     weights, momenta = (
         [weakref.ref(p) for p in optimizer.poms],
         [weakref.ref(s["momentum_buffer"]) for s in optimizer.state.values()],
@@ -276,6 +276,6 @@ def test_code_is_run_by_as_many_threads_as_torch_has_at_the_time():
     for count in (1, 3, 2):
         torch.set_num_threads(count)
         optimizer.step()
-        ((_, launches),) = optimizer._prepared._moves
+        ((_, launches),) = optimizer._own.prepared._moves
         tables = [table for _, _, table in launches._tables]
         assert {n for table in tables for n in table[COLUMNS.index("threads") :: len(COLUMNS)]} == {1, count}

@@ -110,7 +110,9 @@ class POMGrouping(Callback):
                 f"POMGrouping needs an FGSGD to constrain, and configure_optimizers returned {names}; inherit from "
                 "FGSGDMixin (before LightningModule), or return FGSGD(self.parameters(), lr=...)"
             )
-        if any(optimizer.poms for optimizer in optimizers):
+        if any(
+            optimizer._own.plan.weights for optimizer in optimizers
+        ):  # placed, or to be placed once they are not frozen
             raise MisconfigurationException(
                 "POMGrouping: configure_optimizers has grouped the weights already, with pom_param_groups; "
                 "leave out one of the two"
@@ -124,3 +126,9 @@ class POMGrouping(Callback):
         plan = self.param_groups(pl_module).plan
         for optimizer in optimizers:
             optimizer.constrain(plan)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._groups = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": None}  # the model of a fit is not a copy's

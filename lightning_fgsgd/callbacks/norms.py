@@ -75,13 +75,18 @@ class NormBoundMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.samples = samples
         self.history: list[dict[str, Any]] = []
+        self._looking_on = False  # whether the Trainer is at something else than a fit
         self.start: dict[str, float] = {}
         self.latest: dict[str, LayerNorms] = {}
         self._epoch: int | None = None  # of the last batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._looking_on = stage != "fit"
         if stage == "fit":  # a checkpoint is loaded after this
             self.history, self.start, self._epoch = [], {}, None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._looking_on = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if not any(isinstance(o, FGSGD) for o in trainer.optimizers):
@@ -191,6 +196,7 @@ class NormBoundMonitor(Callback):
             raise RuntimeError("NormBoundMonitor.plot: there is nothing to plot before a fit")
         figure = plot_norms(self.history, self.start)
         if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         return figure
 
@@ -198,6 +204,9 @@ class NormBoundMonitor(Callback):
         return {"history": list(self.history), "start": dict(self.start), "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        # trainer.test(ckpt_path="best") after a fit: what was seen up to there, and after it, is here already.
+        if self._looking_on and self.history:
+            return
         self.history, self.start = list(state_dict["history"]), dict(state_dict["start"])
         self._epoch = state_dict.get("epoch")
 

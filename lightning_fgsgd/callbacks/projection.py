@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class POMProjection(Callback):
     @torch.no_grad()
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert self.held is not None
+        self.held._unplaced.clear()  # what the weights were before the first step; these are steps that it does not see
         poms = self.held.poms
         mine = [p for group in optimizer.param_groups for p in group["params"] if p in poms]
         if len(mine) == len(poms):
@@ -117,7 +119,12 @@ class POMProjection(Callback):
     # Copies and checkpoints -----------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held": None, "_hooks": []}  # those of a fit are not a copy's
+        return {
+            **self.__dict__,
+            "_grouping": copy.copy(self._grouping),
+            "held": None,
+            "_hooks": [],
+        }  # those of a fit are not a copy's
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {} if self.held is None else {"held": self.held.state_dict()}

@@ -82,6 +82,7 @@ class FeatureStdRescaling(Callback):
         self._metrics: dict[str, FeatureStd] = {}
         self._reader: FeatureReader | None = None
         self._reads = False
+        self._looking_on = False  # whether the Trainer is at something else than a fit
         self._said: set[str] = set()
         self._epoch: int | None = None  # of the last batch
         self._open = False  # whether λ of that epoch is still to be computed
@@ -99,6 +100,7 @@ class FeatureStdRescaling(Callback):
     # The order of a fit ----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._looking_on = stage != "fit"
         if stage == "fit":  # what an earlier fit gathered belongs to other manifolds; a checkpoint is loaded after this
             for gathered in (self._metrics, self._first, self._last, self._moments, self._feature_map):
                 gathered.clear()
@@ -117,7 +119,7 @@ class FeatureStdRescaling(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # Not in on_fit_start: POMGrouping may come after this callback and constrain there. Frozen weights come later.
-        if not any(isinstance(o, FGSGD) and (o.poms or o._plan.weights) for o in trainer.optimizers):
+        if not any(isinstance(o, FGSGD) and (o.poms or o._own.plan.weights) for o in trainer.optimizers):
             raise MisconfigurationException(
                 "FeatureStdRescaling: no weight of the FGSGD is on a product of manifolds; add POMGrouping() to the "
                 "callbacks, or give FGSGD the groups of pom_param_groups"
@@ -171,6 +173,7 @@ class FeatureStdRescaling(Callback):
         self._unhook()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._looking_on = False
         self._unhook()
 
     # Gathering ------------------------------------------------------------------------------------------------------
@@ -345,6 +348,9 @@ class FeatureStdRescaling(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        # trainer.test(ckpt_path="best") after a fit: what was seen up to there, and after it, is here already.
+        if self._looking_on and self.history:
+            return
         self._first = dict(state_dict["first"])
         self._last = dict(state_dict["last"])
         # An earlier version kept those of one process, (3, channels), and not the epoch.

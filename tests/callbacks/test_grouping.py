@@ -1,5 +1,9 @@
+import copy
+import pickle
+
 import pytest
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_fgsgd import FGSGD, POMGrouping, pom_param_groups
@@ -101,3 +105,29 @@ def test_its_defaults_are_those_of_pom_param_groups(tiny):
 def test_what_is_wrong_whatever_the_model_is_refused_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         POMGrouping(**options)
+
+
+def test_an_optimizer_that_was_grouped_already_is_refused_also_while_its_weights_are_frozen(tmp_path):
+    class Grouped(LitBase):
+        def configure_optimizers(self):
+            self.model.requires_grad_(False)
+            self.model.head.requires_grad_(True)
+            return FGSGD(pom_param_groups(self, manifolds=["sphere"]), lr=0.1)
+
+    with pytest.raises(MisconfigurationException, match="has grouped the weights already"):
+        trainer(tmp_path, POMGrouping()).fit(Grouped(), loader())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_a_copy_has_the_settings_and_not_the_plan_of_a_fit(tmp_path, copied):
+    class InAFit(Callback):
+        def on_train_start(self, trainer, pl_module):
+            copies.append(copied(grouping))
+
+    grouping, copies = POMGrouping(manifolds=["stiefel"]), []
+    trainer(tmp_path, grouping, InAFit(), max_epochs=1).fit(LitTiny(), loader(8))
+    copies.append(copied(grouping))
+    for other in copies:
+        assert other.settings == grouping.settings
+        assert other._groups is None
+    assert grouping._groups is None  # nor has it itself, once the fit has ended

@@ -297,3 +297,28 @@ def test_its_history_is_left_alone_by_a_test_run(tmp_path, make):
     history = list(callback.history)
     fit.test(module, loader(8), verbose=False)
     assert callback.history == history != []
+
+
+@pytest.mark.parametrize("make", [lambda: FeatureStdRescaling(), lambda: NormBoundMonitor()])
+def test_its_history_is_of_the_whole_fit_after_a_test_of_its_best_checkpoint(tmp_path, make):
+    class Tested(LitTiny):
+        def test_step(self, batch, batch_idx):
+            pass
+
+    callback, best = make(), ModelCheckpoint(tmp_path, monitor="epoch", mode="min")  # the first epoch's
+    fit = trainer(tmp_path, callback, best, max_epochs=3, enable_checkpointing=True)
+    fit.fit(Tested(), loader(8))
+    history = list(callback.history)
+    fit.test(ckpt_path="best", dataloaders=loader(8), verbose=False, weights_only=False)
+    assert callback.history == history
+    # One that has seen nothing takes what the checkpoint has.
+    other = make()
+    trainer(tmp_path, other).test(Tested(), loader(8), best.best_model_path, verbose=False, weights_only=False)
+    assert other.history == history[: len(other.history)] != []
+
+
+def test_the_plot_makes_its_folder(tmp_path):
+    monitor = NormBoundMonitor()
+    trainer(tmp_path, monitor, max_epochs=1).fit(LitTiny(), loader(8))
+    monitor.plot(tmp_path / "new" / "norms.png")
+    assert (tmp_path / "new" / "norms.png").is_file()

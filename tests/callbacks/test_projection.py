@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -239,3 +240,20 @@ def test_what_it_cannot_do_is_said(tmp_path):
     for other in (POMGrouping(), FeatureStdRescaling()):  # which are of an FGSGD
         with pytest.raises(MisconfigurationException, match="FGSGD"):
             trainer(tmp_path, POMProjection(), other, max_epochs=1).fit(Adam(), loader())
+
+
+def test_what_weights_were_before_they_were_placed_is_kept_until_the_first_step_alone(tmp_path):
+    class Looks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            kept.append([projection.held.has_unplaced(p) for p in projection.held.poms])
+
+        def on_train_batch_end(self, trainer, *_):
+            kept.append(list(projection.held._unplaced))
+
+    projection, kept = POMProjection(start="project"), []
+    trainer(tmp_path, projection, Looks(), max_epochs=1).fit(Adam(), loader(16))
+    assert all(kept[0])
+    assert kept[1:] == [[], []]
+    other = pickle.loads(pickle.dumps(projection))
+    assert other.held is None
+    assert other._grouping._groups is None
