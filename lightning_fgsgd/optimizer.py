@@ -154,7 +154,11 @@ class FGSGD(torch.optim.Optimizer):
         if mine and not any(p in plan.names for p in mine):
             raise ValueError("plan: it knows none of this optimizer's parameters; draw it from the same model")
         self._own.plan = plan
-        self._place(self.param_groups)
+        try:
+            self._place(self.param_groups)
+        except ValueError:
+            self._own.plan = POMPlan()
+            raise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters as ``torch.optim.SGD`` does; weights that the plan knows are put onto their manifolds.

@@ -127,8 +127,5 @@ class POMGrouping(Callback):
         for optimizer in optimizers:
             optimizer.constrain(plan)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        self._groups = None
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_groups": None}  # the model of a fit is not a copy's
