@@ -161,9 +161,8 @@ class Update:
         dtype, average = working_dtype(self.weight), self.state.get("average")
         if average is None:
             self.state["average"] = torch.zeros_like(self.weight, dtype=dtype)
-        elif (
-            average.dtype != dtype or average.device != self.weight.device
-        ):  # model.double(), or a state of another precision
+        elif average.dtype != dtype or average.device != self.weight.device:
+            # The model was brought to another precision or device, or the state is of one in another.
             self.state["average"] = torch.empty_like(self.weight, dtype=dtype).copy_(average)
         steps = self.state["averaged"] = self.state.get("averaged", 0) + 1
         with opened(pom.shard, self.weight, self.state["average"], write=True) as (weight, average):

@@ -110,9 +110,8 @@ class POMGrouping(Callback):
                 f"POMGrouping needs an FGSGD to constrain, and configure_optimizers returned {names}; inherit from "
                 "FGSGDMixin (before LightningModule), or return FGSGD(self.parameters(), lr=...)"
             )
-        if any(
-            optimizer._own.plan.weights for optimizer in optimizers
-        ):  # placed, or to be placed once they are not frozen
+        # The plan's, not the optimizer's poms: frozen weights are placed later.
+        if any(optimizer._own.plan.weights for optimizer in optimizers):
             raise MisconfigurationException(
                 "POMGrouping: configure_optimizers has grouped the weights already, with pom_param_groups; "
                 "leave out one of the two"

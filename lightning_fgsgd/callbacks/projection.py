@@ -119,12 +119,8 @@ class POMProjection(Callback):
     # Copies and checkpoints -----------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_grouping": copy.copy(self._grouping),
-            "held": None,
-            "_hooks": [],
-        }  # those of a fit are not a copy's
+        # What is of a fit is not a copy's.
+        return {**self.__dict__, "_grouping": copy.copy(self._grouping), "held": None, "_hooks": []}
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {} if self.held is None else {"held": self.held.state_dict()}
